@@ -1,0 +1,129 @@
+"""Chooses the attention that runs, and holds what one forward's layers share.
+
+`AttentionContext` travels through the model's forward as `tree_ctx=`. Each layer appends its K and V rows to the cache
+and attends. Backends: "sdpa" (CPU and CUDA: the query group packed into rows, so that K and V are never
+repeated) and "reference" (the twin, also used where SDPA cannot: soft-capped logits).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from specdec.kernels import reference
+from specdec.kernels.rows import Rows, padded_index, request_of_row, visible
+
+Backend = Literal["sdpa", "reference"]
+
+# Views of the cache are a whole number of these slots, the rest masked: the order in which a row's scores are summed then
+# does not depend on how many rows are scored with it.
+SLOT_TILE = 32
+
+
+class AttentionContext:
+    """One forward's rows, the cache they are written to, and the masks its layers share.
+
+    layers: per layer the pair (K, V), each [B, Hkv, S, D]; B rows of it are in use.
+    """
+
+    def __init__(self, rows: Rows, layers: list[tuple[Tensor, Tensor]], backend: Backend = "sdpa") -> None:
+        """force "reference" as the backend to run the twin everywhere."""
+        self.rows = rows
+        self.layers = layers
+        self.backend = backend
+        self._masks: dict[tuple[int | None, int, torch.dtype], Tensor] = {}
+        self._seen: dict[int | None, Tensor] = {}
+        self._span = min(-(-rows.span // SLOT_TILE) * SLOT_TILE, layers[0][0].shape[2])
+        self._single = len(rows.sizes) == 1
+        self._index = None if rows.uniform else padded_index(rows)
+        self._row_of = None if self._single else request_of_row(rows)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, layer: int, scale: float, window: int | None, softcap: float | None
+    ) -> Tensor:
+        """Append K and V, then attend. query: [1, H, R, D], key, value: [1, Hkv, R, D]. Returns [1, R, H, D]."""
+        keys, values = self._append(key, value, layer)
+        padded = self._pad(query)
+        if softcap is not None or self.backend == "reference":
+            out = reference.tree_attention(padded, keys, values, self.seen(window), scale=scale, softcap=softcap)
+        else:
+            out = self._sdpa(padded, keys, values, scale, window)
+        return self._unpad(out)
+
+    def seen(self, window: int | None) -> Tensor:
+        """[B, N, S] bool, made once per window."""
+        if window not in self._seen:
+            self._seen[window] = visible(self.rows, self._span, window)
+        return self._seen[window]
+
+    def _append(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Write the rows behind what the cache holds, and view as much of it as this forward can see."""
+        keys, values = self.layers[layer]
+        rows = self.rows
+        if self._single:
+            start, stop = rows.base[0], rows.base[0] + rows.sizes[0]
+            keys[:1, :, start:stop] = key
+            values[:1, :, start:stop] = value
+        else:
+            keys[self._row_of, :, rows.slots] = key[0].transpose(0, 1)
+            values[self._row_of, :, rows.slots] = value[0].transpose(0, 1)
+        batch, span = len(rows.sizes), self._span
+        return keys[:batch, :, :span], values[:batch, :, :span]
+
+    def _pad(self, query: Tensor) -> Tensor:
+        """[1, H, R, D] to [B, H, N, D]: a rectangle inside the backend only."""
+        if self._single:
+            return query
+        _, heads, _, width = query.shape
+        batch = len(self.rows.sizes)
+        if self._index is None:
+            return query[0].view(heads, batch, -1, width).transpose(0, 1)
+        return query[0][:, self._index].transpose(0, 1)
+
+    def _unpad(self, out: Tensor) -> Tensor:
+        """[B, H, N, D] to [1, R, H, D]."""
+        if self._single:
+            return out.transpose(1, 2)
+        nodes = out.transpose(1, 2)
+        if self._index is None:
+            return nodes.reshape(1, -1, *nodes.shape[2:])
+        kept = [nodes[b, :size] for b, size in enumerate(self.rows.sizes)]
+        return torch.cat(kept)[None]
+
+    def _sdpa(self, query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
+        batch, heads, nodes, width = query.shape
+        group = heads // keys.shape[1]
+        packed = query.reshape(batch, keys.shape[1], group * nodes, width)
+        mask = self._mask(window, group, query.dtype)
+        out = torch.nn.functional.scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=scale)
+        return out.reshape(batch, heads, nodes, -1)
+
+    def _mask(self, window: int | None, group: int, dtype: torch.dtype) -> Tensor:
+        """Additive mask [B, 1, G * N, S], made once a forward."""
+        name = (window, group, dtype)
+        if name not in self._masks:
+            self._masks[name] = self._make_mask(window, group, dtype)
+        return self._masks[name]
+
+    def _make_mask(self, window: int | None, group: int, dtype: torch.dtype) -> Tensor:
+        rows = self.rows
+        plain = rows.tree is not None or rows.base == rows.lengths
+        if self._single and plain and (window is None or rows.span <= window):
+            return self._single_mask(group, dtype)
+        hidden = ~self.seen(window)
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
+        return mask.repeat(1, group, 1)[:, None]
+
+    def _single_mask(self, group: int, dtype: torch.dtype) -> Tensor:
+        """One request: the prefix is open, only the tree's corner is masked. The plain path in fewer operations."""
+        rows, device = self.rows, self.rows.slots.device
+        size, length, span = rows.sizes[0], rows.lengths[0], rows.span
+        mask = torch.zeros(group, size, self._span, dtype=dtype, device=device)
+        mask[:, :, span:] = float("-inf")
+        if rows.tree is not None:
+            mask[:, :, length:span].masked_fill_(~rows.tree[0, :, : span - length], float("-inf"))
+        elif size > 1:
+            mask[:, :, length:span] = torch.full((size, size), float("-inf"), dtype=dtype, device=device).triu_(1)
+        return mask.view(1, 1, group * size, self._span)

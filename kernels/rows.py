@@ -1,0 +1,86 @@
+"""Where packed rows live in the cache, and what each of them may see."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The rows of one forward `[1, R]`, grouped by request, requests in cache order.
+
+    lengths: B host integers, slots of the cache that hold committed tokens.  sizes: B host integers, rows of each
+    request, R in all.  tokens, positions: [1, R].  slots: [R] where each row's K and V are written; a
+    request's rows fill the slots from `base[b]` on, in order.  tree: [B, N, T] bool, whether row n of a request sees its slot
+    lengths[b] + t; None means that the rows are a chain behind the committed tokens (base == lengths).
+    offsets: [B, T] positions of those T slots less lengths[b]; only windows need them, None for a chain.
+    """
+
+    lengths: tuple[int, ...]
+    sizes: tuple[int, ...]
+    tokens: Tensor
+    positions: Tensor
+    slots: Tensor
+    base: tuple[int, ...]
+    tree: Tensor | None = None
+    offsets: Tensor | None = None
+
+    @property
+    def span(self) -> int:
+        """Slots that an attention over these rows has to view."""
+        return max(base + size for base, size in zip(self.base, self.sizes, strict=True))
+
+    @property
+    def uniform(self) -> bool:
+        """Every request has the same number of rows."""
+        return len(set(self.sizes)) == 1
+
+
+def request_of_row(rows: Rows) -> Tensor:
+    """[R] int64, the cache row of each packed row."""
+    device = rows.slots.device
+    sizes = torch.tensor(rows.sizes, device=device)
+    return torch.repeat_interleave(torch.arange(len(rows.sizes), device=device), sizes, output_size=sum(rows.sizes))
+
+
+def padded_index(rows: Rows) -> Tensor:
+    """[B, N] int64: the packed row of node n of request b; padding repeats the request's first row."""
+    widest, last = max(rows.sizes), sum(rows.sizes) - 1
+    starts = [min(sum(rows.sizes[:b]), last) for b in range(len(rows.sizes))]
+    table = [[start + (n if n < size else 0) for n in range(widest)] for start, size in zip(starts, rows.sizes, strict=True)]
+    return torch.tensor(table, device=rows.slots.device)
+
+
+def _chain_tree(rows: Rows) -> tuple[Tensor, Tensor]:
+    """The tree and offsets that a chain of rows stands for."""
+    widest = max(rows.sizes)
+    order = torch.arange(widest, device=rows.slots.device)
+    tree = (order[:, None] >= order).expand(len(rows.sizes), widest, widest)
+    return tree, order.expand(len(rows.sizes), widest)
+
+
+def visible(rows: Rows, span: int, window: int | None = None) -> Tensor:
+    """[B, N, S] bool with S = span, at least rows.span: what each padded row sees of its request's slots.
+
+    A window of W hides keys whose *position* is W or more before the row's own: siblings of a tree share a position,
+    so slots would be wrong. Padding rows see what their request's first row sees, so no row is empty.
+    """
+    tree, offsets = (rows.tree, rows.offsets) if rows.tree is not None else _chain_tree(rows)
+    batch, _, width = tree.shape
+    device = rows.slots.device
+    lengths = torch.tensor(rows.lengths, device=device)[:, None]
+    slots = torch.arange(span, device=device)
+    inside = (slots - lengths).clamp(0, width - 1)
+    behind = slots < lengths
+    seen = behind[:, None] | (
+        tree.gather(2, inside[:, None].expand(-1, tree.shape[1], -1)) & (slots < lengths + width)[:, None]
+    )
+    if window is not None:
+        assert offsets is not None, "a tree of rows needs its slots' positions for a sliding window"
+        key_positions = torch.where(behind, slots.expand(batch, -1), lengths + offsets.gather(1, inside))
+        positions = rows.positions[0][padded_index(rows)]
+        seen = seen & (positions[:, :, None] - key_positions[:, None] < window)
+    return seen

@@ -1,0 +1,106 @@
+"""Our KV cache: per-request lengths, one tensor for all layers that are alike, compaction in one operation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specdec.kernels.dispatch import SLOT_TILE
+from specdec.kernels.reference import kv_compact
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """What one attention layer writes: KV heads, widths of K and V, dtype and device; its sliding window or None."""
+
+    heads: int
+    key_width: int
+    value_width: int
+    dtype: torch.dtype
+    device: torch.device
+    window: int | None = None
+
+    @property
+    def group(self) -> tuple[int, int, torch.dtype, torch.device]:
+        """Layers with the same group share a tensor."""
+        return self.heads, max(self.key_width, self.value_width), self.dtype, self.device
+
+
+def _whole_tiles(slots: int) -> int:
+    return -(-slots // SLOT_TILE) * SLOT_TILE
+
+
+class KVCache:
+    """K and V of every layer for B requests. Slot s of a row holds position s while s < lengths[row].
+
+    Rows are requests in the order of the round. Tree nodes are written behind the committed slots and moved or forgotten
+    by `commit`. layers[i]: the pair (K, V), [B, H, S, D] each, views of one [L, 2, B, H, S, D] tensor per group.
+    """
+
+    def __init__(self, specs: Sequence[LayerSpec], num_requests: int, capacity: int) -> None:
+        """Room for `capacity` slots a request, tree nodes included; zeroed, since masked NaN would still spread."""
+        self.specs = tuple(specs)
+        self.capacity = _whole_tiles(capacity)
+        self.lengths = [0] * num_requests
+        self._groups: list[Tensor] = []
+        for group in dict.fromkeys(spec.group for spec in self.specs):
+            heads, width, dtype, device = group
+            count = sum(spec.group == group for spec in self.specs)
+            shape = (count, 2, num_requests, heads, self.capacity, width)
+            self._groups.append(torch.zeros(shape, dtype=dtype, device=device))
+        self.layers = self._views()
+
+    def _views(self) -> list[tuple[Tensor, Tensor]]:
+        keys = list(dict.fromkeys(spec.group for spec in self.specs))
+        used = [0] * len(keys)
+        views = []
+        for spec in self.specs:
+            which = keys.index(spec.group)
+            pair = self._groups[which][used[which]]
+            used[which] += 1
+            views.append((pair[0, ..., : spec.key_width], pair[1, ..., : spec.value_width]))
+        return views
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the whole cache."""
+        return sum(group.numel() * group.element_size() for group in self._groups)
+
+    def ensure(self, slots: int) -> None:
+        """Make room for at least `slots` slots a request; grows by half, so that growth is rare."""
+        if slots <= self.capacity:
+            return
+        self.capacity = _whole_tiles(max(slots, self.capacity * 3 // 2))
+        for i, old in enumerate(self._groups):
+            new = torch.zeros((*old.shape[:4], self.capacity, old.shape[5]), dtype=old.dtype, device=old.device)
+            new[..., : old.shape[4], :] = old
+            self._groups[i] = new
+        self.layers = self._views()
+
+    def arrange(self, order: Sequence[int]) -> None:
+        """Keep these rows, in this order; nothing moves when the order is the present one."""
+        if list(order) == list(range(len(self.lengths))):
+            return
+        self.lengths = [self.lengths[row] for row in order]
+        for i, group in enumerate(self._groups):
+            self._groups[i] = group.index_select(2, torch.tensor(list(order), dtype=torch.long, device=group.device))
+        self.layers = self._views()
+
+    def commit(self, paths: Sequence[Sequence[int]]) -> None:
+        """Keep node 0 and the nodes of each row's path, which become the next slots; forget the other nodes."""
+        rows: list[int] = []
+        source: list[int] = []
+        target: list[int] = []
+        for row, path in enumerate(paths):
+            for step, node in enumerate(path, start=1):
+                if node != step:
+                    rows.append(row)
+                    source.append(self.lengths[row] + node)
+                    target.append(self.lengths[row] + step)
+            self.lengths[row] += 1 + len(path)
+        if rows:
+            for group in self._groups:
+                kv_compact(group, *torch.tensor([rows, source, target], device=group.device))

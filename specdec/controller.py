@@ -1,0 +1,164 @@
+"""One round of speculative decoding: plan, propose, select, score, verify, commit, observe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from specdec.drafters.base import Drafter, Paths
+from specdec.errors import NonFiniteLogitsError
+from specdec.noise import Noise, Stream
+from specdec.planner import Planner
+from specdec.runner import ModelRunner
+from specdec.types import Budget, Committed, Draft, Law, Load, RoundStats, Scores, TokenTree, Verdict
+from specdec.verify.chooser import NoiseChooser
+from specdec.verify.compatibility import Rule
+
+# (logits [R, V], paths) to processed logits [R, V]; None leaves logits as they are.
+Process = Callable[[Tensor, Paths], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a round gave. paths: accepted nodes of each row.  scores, raw: processed and raw logits at every node."""
+
+    committed: Committed
+    paths: tuple[tuple[int, ...], ...]
+    stats: RoundStats
+    scores: Scores
+    raw: Scores
+
+
+class Controller:
+    """Holds the parts of one call and runs its rounds. Each part sees the values it is handed, never its caller."""
+
+    def __init__(
+        self,
+        target: ModelRunner,
+        drafter: Drafter | None,
+        rule: Rule,
+        planner: Planner,
+        noise: Noise,
+        process: Process | None,
+    ) -> None:
+        """rule and drafter are a compatible pair; target and drafter have begun the batch."""
+        self.target, self.drafter, self.rule, self.planner = target, drafter, rule, planner
+        self.noise, self.process = noise, process
+        nothing = torch.zeros(0, dtype=torch.long, device=target.device)
+        self._idle = NoiseChooser(noise, nothing, nothing, Stream.ACCEPT)
+
+    def step(self, load: Load, last_tokens: Sequence[int]) -> Step:
+        """One round for load.requests, which are the cache's rows in order; last_tokens[i] is node 0 of row i."""
+        clock = _Clock(self._forward_s())
+        budget = self.planner.plan(load)
+        draft = self.planner.select(self._propose(budget, last_tokens))
+        clock.lap("draft")
+        raw = self.target.score(draft.tree)
+        clock.lap("target")
+        scores = self._processed(raw, draft.tree, load.requests)
+        verdict = self.rule.verify(draft, scores, self._chooser(load))
+        committed, paths = on_host(verdict, draft.tree, load.requests, raw)
+        clock.lap("verify")
+        self.target.commit(paths)
+        if self.drafter is not None:
+            self.drafter.commit(committed)
+        stats = clock.stats(draft, committed, self._forward_s())
+        self.planner.observe(stats)
+        return Step(committed, paths, stats, scores, raw)
+
+    def _propose(self, budget: Budget, last_tokens: Sequence[int]) -> Draft:
+        if self.drafter is None:
+            return Draft(root_tree(last_tokens, self.target.device), Law.DETERMINISTIC)
+        return self.drafter.propose(budget)
+
+    def _processed(self, raw: Scores, tree: TokenTree, requests: tuple[int, ...]) -> Scores:
+        """The logits that a rule decides on: processed along each node's own path, in fp32 unless only ranks matter."""
+        if self.process is None:
+            return raw if self.rule.name == "greedy" else Scores(raw.logits.float(), raw.taps)
+        batch, nodes, vocabulary = raw.logits.shape
+        rows = self.process(raw.logits.reshape(-1, vocabulary), lambda: paths_of(tree, requests))
+        return Scores(rows.view(batch, nodes, vocabulary), raw.taps)
+
+    def _chooser(self, load: Load) -> NoiseChooser:
+        """Fresh noise for this round; greedy decoding draws nothing, so it gets the idle one."""
+        if self.rule.name == "greedy":
+            return self._idle
+        device = self.target.device
+        requests, starts = torch.tensor([load.requests, load.lengths], device=device)
+        return NoiseChooser(self.noise, requests, starts, Stream.ACCEPT)
+
+    def _forward_s(self) -> float:
+        return self.target.forward_s + getattr(getattr(self.drafter, "runner", None), "forward_s", 0.0)
+
+
+class _Clock:
+    """Seconds by phase of one round."""
+
+    def __init__(self, forward_s: float) -> None:
+        self._last = perf_counter()
+        self._forward_s = forward_s
+        self._laps: dict[str, float] = {}
+
+    def lap(self, phase: str) -> None:
+        now = perf_counter()
+        self._laps[phase] = now - self._last
+        self._last = now
+
+    def stats(self, draft: Draft, committed: Committed, forward_s: float) -> RoundStats:
+        self.lap("other")
+        sizes = draft.tree.num_nodes
+        return RoundStats(
+            requests=committed.requests,
+            drafted=tuple(n - 1 for n in sizes),
+            accepted=committed.num_accepted,
+            num_rows=sum(sizes),
+            draft_s=self._laps["draft"],
+            target_s=self._laps["target"],
+            verify_s=self._laps["verify"],
+            other_s=self._laps["other"],
+            forward_s=forward_s - self._forward_s,
+        )
+
+
+def root_tree(tokens: Sequence[int], device: torch.device) -> TokenTree:
+    """Trees of one node: plain decoding."""
+    roots = torch.tensor(tokens, device=device)[:, None]
+    return TokenTree(roots, torch.full_like(roots, -1), (1,) * len(tokens), is_chain=True)
+
+
+def paths_of(tree: TokenTree, requests: tuple[int, ...]) -> list[tuple[int, tuple[int, ...]]]:
+    """For each node of the padded [B * N] rows: its request, and the tokens below the root on its path."""
+    tokens, parents = tree.tokens.tolist(), tree.parents.tolist()
+    paths: list[tuple[int, tuple[int, ...]]] = []
+    for b, request in enumerate(requests):
+        own: list[tuple[int, ...]] = [()]
+        for n in range(1, len(tokens[b])):
+            live = n < tree.num_nodes[b]
+            own.append((*own[parents[b][n]], tokens[b][n]) if live else ())
+        paths.extend((request, path) for path in own)
+    return paths
+
+
+def on_host(
+    verdict: Verdict, tree: TokenTree, requests: tuple[int, ...], scores: Scores
+) -> tuple[Committed, tuple[tuple[int, ...], ...]]:
+    """The round's one synchronisation: the verdict as host values, and each row's accepted path.
+
+    Raises NonFiniteLogitsError where a token would have been chosen from a row with NaN; nothing is committed then.
+    """
+    heads = torch.stack((verdict.num_accepted, verdict.next_token, verdict.finite.long()), 1)
+    depth = verdict.path.shape[1]
+    rows = torch.cat((heads, verdict.path, tree.tokens.gather(1, verdict.path)), 1).tolist() if depth else heads.tolist()
+    bad = [request for request, row in zip(requests, rows, strict=True) if not row[2]]
+    if bad:
+        raise NonFiniteLogitsError(
+            f"the target's logits are NaN for request(s) {bad}; check the weights and dtype, or pass remove_invalid_values=True"
+        )
+    counts = tuple(row[0] for row in rows)
+    tokens = tuple((*row[3 + depth : 3 + depth + n], row[1]) for n, row in zip(counts, rows, strict=True))
+    paths = tuple(tuple(row[3 : 3 + n]) for n, row in zip(counts, rows, strict=True))
+    return Committed(requests, tokens, verdict.path, counts, scores.taps), paths

@@ -1,0 +1,180 @@
+"""Runs a batch of requests to its end: prefill, rounds, stopping, and what each round emits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+
+import torch
+from torch import Tensor, nn
+
+from specdec.controller import Controller, Step
+from specdec.drafters.base import Drafter, DraftSampling, DraftSetup
+from specdec.errors import SpecDecError, VocabularyMismatchError
+from specdec.metrics import SpeculationStats, StatsCollector
+from specdec.noise import Noise
+from specdec.planner import FixedPlanner, Planner
+from specdec.processing import Processing
+from specdec.runner import ModelRunner, RunnerOptions
+from specdec.stopping import Stopping
+from specdec.types import Law, Load
+from specdec.verify.compatibility import rule_for
+
+_ALL_LAWS = frozenset(Law)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of `generate`, prepared. prompts: committed tokens without padding, one or more each.
+
+    sampling: draw from the processed logits, else take their argmax.  seeded: the caller gave a seed.
+    emit: told (request, kept new tokens) after each round.  prefill_chunk: most prompt rows in one forward.
+    """
+
+    prompts: tuple[tuple[int, ...], ...]
+    processing: Processing
+    stopping: Stopping
+    sampling: bool
+    noise: Noise
+    seeded: bool = False
+    emit: Callable[[int, tuple[int, ...]], None] | None = None
+    keep_scores: bool = False
+    keep_logits: bool = False
+    prefill_chunk: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """New tokens of each request, and per token its processed scores and raw logits [V] in fp32, when kept."""
+
+    tokens: tuple[tuple[int, ...], ...]
+    scores: tuple[tuple[Tensor, ...], ...] | None
+    logits: tuple[tuple[Tensor, ...], ...] | None
+    stats: SpeculationStats
+
+
+class Engine:
+    """A target, a drafter, a rule's name and a planner, checked against each other once."""
+
+    def __init__(
+        self,
+        target: nn.Module,
+        drafter: Drafter | None,
+        verifier: str,
+        planner: Planner,
+        options: RunnerOptions | None = None,
+    ) -> None:
+        """Raises when the target is unsupported, or draft, rule and planner do not fit together."""
+        self.drafter, self.verifier, self.planner = drafter, verifier, planner
+        for sampling, seeded in ((True, False), (True, True), (False, False)):
+            if not (sampling and verifier == "greedy"):
+                self._rule(sampling, seeded)
+        self.runner = ModelRunner(target, taps=drafter.taps if drafter is not None else (), options=options)
+        vocabulary = getattr(drafter, "vocabulary", self.runner.vocabulary)
+        if vocabulary != self.runner.vocabulary:
+            raise VocabularyMismatchError(
+                f"the draft model has {vocabulary} tokens, the target {self.runner.vocabulary}; use a draft of the same family"
+            )
+        device = getattr(getattr(drafter, "runner", None), "device", self.runner.device)
+        if device != self.runner.device:
+            raise SpecDecError(f"the draft model is on {device}, the target on {self.runner.device}; move one of them")
+
+    def _rule(self, sampling: bool, seeded: bool):  # type: ignore[no-untyped-def]
+        laws = self.drafter.laws if self.drafter is not None else _ALL_LAWS
+        shape = self.drafter.shape if self.drafter is not None else "chain"
+        return rule_for(self.verifier, laws, shape, sampling, seeded, self.planner.post_draw)
+
+    @torch.no_grad()
+    def run(self, call: Call) -> Result:
+        """Decode every request of the call until it is finished."""
+        return _Run(self, call).result()
+
+    def controller(self, call: Call) -> Controller:
+        """The parts of one call, begun: target and drafter hold the prompts."""
+        rule, law = self._rule(call.sampling, call.seeded)
+        process = None if call.processing.identity else call.processing
+        drafter = None if call.processing.lockstep else self.drafter
+        capacity = max(len(p) + min(call.stopping.room(i), 1 << 12) for i, p in enumerate(call.prompts)) + 64
+        self.runner.begin(len(call.prompts), capacity)
+        self.runner.prefill([prompt[:-1] for prompt in call.prompts], call.prefill_chunk)
+        if drafter is not None:
+            sampling = None
+            if call.sampling:
+                sampling = DraftSampling(process or _upcast, call.noise)
+            drafter.begin(call.prompts, DraftSetup(self.runner.device, self.runner.vocabulary, capacity, law, sampling))
+        planner = FixedPlanner(nodes=0) if drafter is None else self.planner
+        return Controller(self.runner, drafter, rule, planner, call.noise, process)
+
+
+def _upcast(logits: Tensor, paths: object) -> Tensor:
+    return logits.float()
+
+
+class _Run:
+    """The state of one call: which requests are active, in the order of the cache's rows, and what they have said."""
+
+    def __init__(self, engine: Engine, call: Call) -> None:
+        self.engine, self.call = engine, call
+        count = len(call.prompts)
+        self.active = [i for i in range(count) if call.stopping.room(i) > 0]
+        self.tokens: list[list[int]] = [[] for _ in range(count)]
+        self.scores: list[list[Tensor]] = [[] for _ in range(count)]
+        self.logits: list[list[Tensor]] = [[] for _ in range(count)]
+        self.stats = StatsCollector(count)
+
+    def result(self) -> Result:
+        """Run rounds until no request is active."""
+        began = perf_counter()
+        controller = self.engine.controller(self.call)
+        self.engine.runner.cache.arrange(self.active)
+        self.stats.prefill_s = perf_counter() - began
+        while self.active:
+            began = perf_counter()
+            step = controller.step(self._load(), [self._last(i) for i in self.active])
+            self._take(step)
+            self._record(step, perf_counter() - began)
+        return Result(
+            tuple(map(tuple, self.tokens)),
+            tuple(map(tuple, self.scores)) if self.call.keep_scores else None,
+            tuple(map(tuple, self.logits)) if self.call.keep_logits else None,
+            self.stats.stats(),
+        )
+
+    def _load(self) -> Load:
+        prompts, room = self.call.prompts, self.call.stopping.room
+        lengths = tuple(len(prompts[i]) + len(self.tokens[i]) for i in self.active)
+        return Load(tuple(self.active), lengths, tuple(room(i) for i in self.active))
+
+    def _last(self, request: int) -> int:
+        own = self.tokens[request]
+        return own[-1] if own else self.call.prompts[request][-1]
+
+    def _take(self, step: Step) -> None:
+        """Cut each request's new tokens where it stops, keep and emit them, and retire the finished requests."""
+        remaining: list[int] = []
+        for row, (request, new) in enumerate(zip(step.committed.requests, step.committed.tokens, strict=True)):
+            kept, finished = self.call.stopping.cut(request, new)
+            tokens = new[:kept]
+            self.tokens[request].extend(tokens)
+            self.call.processing.commit(request, tokens)
+            self._keep_rows(step, row, request, kept)
+            if self.call.emit is not None and tokens:
+                self.call.emit(request, tokens)
+            if not finished:
+                remaining.append(row)
+        if len(remaining) < len(self.active):
+            self.active = [self.active[row] for row in remaining]
+            self.engine.runner.cache.arrange(remaining)
+
+    def _keep_rows(self, step: Step, row: int, request: int, kept: int) -> None:
+        nodes: Sequence[int] = (0, *step.paths[row])[:kept]
+        if self.call.keep_scores:
+            self.scores[request].extend(step.scores.logits[row, n].float() for n in nodes)
+        if self.call.keep_logits:
+            self.logits[request].extend(step.raw.logits[row, n].float() for n in nodes)
+
+    def _record(self, step: Step, elapsed: float) -> None:
+        known = step.stats
+        other = max(0.0, elapsed - known.draft_s - known.target_s - known.verify_s)
+        self.stats.add(replace(known, other_s=other))

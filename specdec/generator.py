@@ -1,0 +1,332 @@
+"""The public entry: `generate` of a transformers model, with speculation."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.generation.streamers import BaseStreamer
+
+from specdec.drafters.base import Drafter
+from specdec.drafters.draft_model import DraftModelDrafter
+from specdec.engine import Call, Engine, Result
+from specdec.errors import InvalidRequestError, SpecDecError, UnsupportedModelError
+from specdec.loading import load_model, load_tokenizer
+from specdec.metrics import SpeculationStats
+from specdec.noise import Noise
+from specdec.planner import FixedPlanner, Planner
+from specdec.processing import Processing
+from specdec.request import check_arguments, check_config, check_lengths, check_model_kwargs, check_prompts, prompts_of
+from specdec.stopping import Stopping
+from specdec.streaming import StepStream
+
+_LOOKUPS = ("prompt-lookup", "suffix")
+
+
+@dataclass
+class SpeculativeOutput(GenerateDecoderOnlyOutput):
+    """`GenerateDecoderOnlyOutput` and what speculation did.
+
+    scores, logits: as HF gives them, one [B, V] fp32 tensor a step; where a request has finished its row is zeros.
+    attentions, hidden_states and past_key_values are None.
+    """
+
+    speculation: SpeculationStats | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Extras:
+    """What transformers does not hand to a callable."""
+
+    streamer: BaseStreamer | None
+    seed: int | None
+
+
+class SpeculativeGenerator:
+    """Generates what `target.generate` would, faster. The target is left as it was found.
+
+    stats: what speculation did in the last call, None before the first.
+    """
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        drafter: Drafter | nn.Module | str | Path | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        verifier: str = "auto",
+        planner: Planner | int | None = None,
+        seed: int | None = None,
+    ) -> None:
+        """drafter: a model, a checkpoint's path, "prompt-lookup", "suffix", a Drafter, or None for plain decoding.
+
+        tokenizer: used for stop strings.  verifier: a rule's name.  planner: a Planner, or how many tokens to draft
+        each round.  seed: makes sampling repeat; without one torch's global generator governs.
+        Raises a SpecDecError when target, drafter and rule do not fit together.
+        """
+        if getattr(getattr(target, "config", None), "is_encoder_decoder", False):
+            raise UnsupportedModelError(
+                f"{type(target).__name__} is an encoder-decoder; a decoder-only causal LM is needed"
+            )
+        if not callable(getattr(target, "generate", None)):
+            raise UnsupportedModelError(
+                f"{type(target).__name__} has no generate(); a transformers causal LM is needed"
+            )
+        self.target, self.tokenizer, self.seed = target, tokenizer, _checked_seed(seed)
+        self.engine = Engine(target, as_drafter(drafter, target), verifier, _as_planner(planner))
+        self.stats: SpeculationStats | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        target: str | Path,
+        drafter: Drafter | nn.Module | str | Path | None = None,
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        verifier: str = "auto",
+        planner: Planner | int | None = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> SpeculativeGenerator:
+        """A generator from checkpoints, safetensors only. dtype: None keeps the checkpoint's own.
+
+        kwargs: for transformers' from_pretrained of the target. The network is used only for a hub name ("owner/name"),
+        and not with local_files_only=True. Raises CheckpointError.
+        """
+        model = load_model(target, dtype=dtype, device=device, **kwargs)
+        if tokenizer is None:
+            where = {k: v for k, v in kwargs.items() if k in ("local_files_only", "revision", "cache_dir", "token")}
+            tokenizer = load_tokenizer(target, **where)
+        return cls(model, drafter, tokenizer=tokenizer, verifier=verifier, planner=planner, seed=seed)
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        streamer: BaseStreamer | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """What `target.generate` returns for the same arguments: LongTensor [B, length] or a `SpeculativeOutput`.
+
+        kwargs: every argument of `generate`.  seed: for this call.  tokenizer: for stop strings; by default the
+        generator's own. Raises InvalidRequestError for what is not supported: other ways than greedy and sampling,
+        caches and embeddings as input, attentions and hidden states as output.
+        """
+        check_arguments({"inputs": inputs, **kwargs})
+        extras = _Extras(streamer, self.seed if seed is None else _checked_seed(seed))
+        kwargs, generation_config = self._take_strings(kwargs, generation_config, tokenizer or self.tokenizer)
+
+        def decode(model: PreTrainedModel, input_ids: Tensor, **prepared: Any) -> Any:
+            return self._decode(input_ids, extras, **prepared)
+
+        run: Callable[..., Any] = self.target.generate
+        return run(inputs, generation_config, custom_generate=decode, **kwargs)
+
+    def decode(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        spec_streamer: BaseStreamer | None = None,
+        seed: int | None = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """The decoding loop for `target.generate(..., custom_generate=generator.decode)`.
+
+        transformers hands neither `streamer` nor `tokenizer` to a callable: pass `spec_streamer=` (a `streamer=` would
+        be given the prompt and then nothing), and stop strings as a StopStringCriteria, or call `generate` here.
+        """
+        if model is not self.target:
+            raise InvalidRequestError(
+                f"this generator was built for another model than this {type(model).__name__}; build one for it"
+            )
+        extras = _Extras(spec_streamer, self.seed if seed is None else _checked_seed(seed))
+        return self._decode(
+            input_ids,
+            extras,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            generation_config=generation_config,
+            **model_kwargs,
+        )
+
+    def _decode(
+        self,
+        input_ids: Tensor,
+        extras: _Extras,
+        *,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Any:
+        check_config(generation_config)
+        check_model_kwargs(model_kwargs)
+        prompts = self._prompts(input_ids, model_kwargs)
+        pad = _pad_token(generation_config, stopping_criteria, len(prompts))
+        rows = input_ids.tolist()
+        stopping = Stopping(stopping_criteria, rows, pad=pad, device=input_ids.device)
+        check_lengths(prompts, tuple(map(stopping.room, range(len(rows)))), self.engine.runner.max_positions)
+        processing = Processing(logits_processor, rows, pad=pad, device=input_ids.device)
+        stream = StepStream(extras.streamer, input_ids, stopping, pad) if extras.streamer is not None else None
+        emit = stream.emit if stream is not None else None
+        result = self.engine.run(_call(prompts, processing, stopping, generation_config, extras.seed, emit))
+        self.stats = result.stats
+        if stream is not None:
+            stream.end()
+        return _output(input_ids, result, pad, stopping.total(), bool(generation_config.return_dict_in_generate))
+
+    def _prompts(self, input_ids: Tensor, model_kwargs: dict[str, Any]) -> tuple[tuple[int, ...], ...]:
+        runner = self.engine.runner
+        if input_ids.device != runner.device:
+            raise InvalidRequestError(f"input_ids are on {input_ids.device}, the target on {runner.device}; move them")
+        prompts = prompts_of(input_ids, model_kwargs.get("attention_mask"), model_kwargs.get("position_ids"))
+        check_prompts(prompts, runner.vocabulary)
+        return prompts
+
+    def _take_strings(
+        self, kwargs: dict[str, Any], config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase | None
+    ) -> tuple[dict[str, Any], GenerationConfig | None]:
+        """kwargs and config with stop strings made a criterion, as transformers would make it from the tokenizer."""
+        defaults = getattr(self.target, "generation_config", None)
+        sources = (config, defaults)
+        given = [kwargs.get("stop_strings"), *(getattr(source, "stop_strings", None) for source in sources)]
+        strings = next(filter(None, given), None)
+        if not strings:
+            return kwargs, config
+        if tokenizer is None:
+            raise InvalidRequestError(
+                "stop_strings need a tokenizer: give one to generate() or to SpeculativeGenerator"
+            )
+        criteria = list(kwargs.get("stopping_criteria") or [])
+        if not any(type(c) is StopStringCriteria for c in criteria):
+            criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=strings))
+        config = copy.deepcopy(config)
+        if config is not None:
+            config.stop_strings = None
+        kwargs = {**kwargs, "stopping_criteria": StoppingCriteriaList(criteria)}
+        kwargs.pop("stop_strings", None)
+        if getattr(defaults, "stop_strings", None):
+            kwargs["stop_strings"] = None
+        return kwargs, config
+
+
+def as_drafter(drafter: Drafter | nn.Module | str | Path | None, target: nn.Module) -> Drafter | None:
+    """A Drafter from whatever the user gave; a checkpoint is loaded with the target's device and its own dtype."""
+    if drafter is None:
+        return None
+    if isinstance(drafter, str) and drafter in _LOOKUPS:
+        from specdec.drafters.registry import make_drafter
+
+        return make_drafter(drafter)
+    if isinstance(drafter, (str, Path)):
+        drafter = load_model(drafter, device=next(target.parameters()).device)
+    if isinstance(drafter, nn.Module):
+        return DraftModelDrafter(drafter)
+    if isinstance(drafter, Drafter):
+        return drafter
+    raise SpecDecError(
+        f"drafter is a {type(drafter).__name__}; give a model, a path, one of {_LOOKUPS}, a Drafter or None"
+    )
+
+
+def _as_planner(planner: Planner | int | None) -> Planner:
+    if planner is None:
+        return FixedPlanner()
+    if isinstance(planner, int) and not isinstance(planner, bool):
+        return FixedPlanner(nodes=planner, depth=max(planner, 1))
+    if isinstance(planner, Planner):
+        return planner
+    raise SpecDecError(f"planner is a {type(planner).__name__}; give a Planner, a number of tokens to draft, or None")
+
+
+def _checked_seed(seed: int | None) -> int | None:
+    if seed is None or (isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**63):
+        return seed
+    raise SpecDecError(f"seed={seed!r}: give a whole number from 0 to 2**63 - 1")
+
+
+def _noise(seed: int | None, sampling: bool) -> Noise:
+    """Without a seed, one is drawn from torch's global generator; greedy decoding leaves that untouched."""
+    if seed is None and sampling:
+        seed = int(torch.randint(2**63 - 1, (1,)).item())
+    return Noise(seed or 0)
+
+
+def _call(
+    prompts: tuple[tuple[int, ...], ...],
+    processing: Processing,
+    stopping: Stopping,
+    config: GenerationConfig,
+    seed: int | None,
+    emit: Callable[[int, tuple[int, ...]], None] | None,
+) -> Call:
+    sampling, returns_dict = bool(config.do_sample), bool(config.return_dict_in_generate)
+    return Call(
+        prompts=prompts,
+        processing=processing,
+        stopping=stopping,
+        sampling=sampling,
+        noise=_noise(seed, sampling),
+        seeded=seed is not None,
+        emit=emit,
+        keep_scores=returns_dict and bool(config.output_scores),
+        keep_logits=returns_dict and bool(config.output_logits),
+        prefill_chunk=config.prefill_chunk_size,
+    )
+
+
+def _pad_token(config: GenerationConfig, criteria: StoppingCriteriaList, requests: int) -> int:
+    """The pad token. Only a batch in which requests end at different steps needs one."""
+    pad = config._pad_token_tensor
+    if pad is not None:
+        return int(pad)
+    if requests > 1 and any(hasattr(c, "eos_token_id") for c in criteria):
+        raise InvalidRequestError("a batch with an end-of-sequence criterion needs pad_token_id; set it")
+    return 0
+
+
+def _output(input_ids: Tensor, result: Result, pad: int, total: int | None, returns_dict: bool) -> Any:
+    """The result in HF's form. total: new tokens of the longest request."""
+    longest = max(map(len, result.tokens))
+    steps = longest if total is None else min(total, longest)
+    new = [[*tokens[:steps], *[pad] * (steps - len(tokens))] for tokens in result.tokens]
+    sequences = torch.cat((input_ids, input_ids.new_tensor(new).view(len(new), steps)), 1)
+    if not returns_dict:
+        return sequences
+    fields: dict[str, Any] = {
+        "sequences": sequences,
+        "scores": _by_step(result.scores, steps),
+        "logits": _by_step(result.logits, steps),
+        "speculation": result.stats,
+    }
+    return SpeculativeOutput(**fields)
+
+
+def _by_step(rows: tuple[tuple[Tensor, ...], ...] | None, steps: int) -> tuple[Tensor, ...] | None:
+    """One [B, V] tensor a step from one [V] tensor a request and token."""
+    if rows is None:
+        return None
+    nothing = torch.zeros_like(next(own[0] for own in rows if own))
+    return tuple(torch.stack([own[step] if step < len(own) else nothing for own in rows]) for step in range(steps))

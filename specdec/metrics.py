@@ -1,0 +1,181 @@
+"""What speculation did: per request and over a whole call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from specdec.types import RoundStats
+
+
+@dataclass(frozen=True, slots=True)
+class RequestStats:
+    """One request. drafted, accepted: tokens.  emitted: tokens its rounds gave, bonus or recovered included.
+
+    accepted_at: how many rounds accepted the token at each depth; reached_at: how many rounds had room for it, which
+    is how many drafted at least that many tokens.  Times in seconds: the request's even share of its rounds' times.
+    """
+
+    rounds: int
+    drafted: int
+    accepted: int
+    accepted_at: tuple[int, ...]
+    reached_at: tuple[int, ...]
+    draft_s: float
+    target_s: float
+    verify_s: float
+    other_s: float
+
+    @property
+    def emitted(self) -> int:
+        """Tokens of all rounds, before a stop inside the last one."""
+        return self.accepted + self.rounds
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Tokens a round, the bonus token included; 1 is plain decoding, 0 no round at all."""
+        return self.emitted / self.rounds if self.rounds else 0.0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted part of the drafted tokens; 0 when nothing was drafted."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    @property
+    def acceptance_per_position(self) -> tuple[float, ...]:
+        """At each depth, the part of the drafting rounds that accepted a token there; 1 at most."""
+        return tuple(a / r if r else 0.0 for a, r in zip(self.accepted_at, self.reached_at, strict=True))
+
+    @property
+    def total_s(self) -> float:
+        """All four phases."""
+        return self.draft_s + self.target_s + self.verify_s + self.other_s
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationStats:
+    """One call. requests: in the order of the batch.  rounds: of the batch.  num_rows: packed rows in all rounds."""
+
+    requests: tuple[RequestStats, ...]
+    rounds: int
+    num_rows: int
+    prefill_s: float
+    forward_s: float
+
+    @property
+    def drafted(self) -> int:
+        """Drafted tokens of all requests."""
+        return sum(r.drafted for r in self.requests)
+
+    @property
+    def accepted(self) -> int:
+        """Accepted draft tokens of all requests."""
+        return sum(r.accepted for r in self.requests)
+
+    @property
+    def emitted(self) -> int:
+        """Tokens of all requests' rounds."""
+        return sum(r.emitted for r in self.requests)
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted part of the drafted tokens."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Tokens a request and round, the bonus token included."""
+        rounds = sum(r.rounds for r in self.requests)
+        return self.emitted / rounds if rounds else 0.0
+
+    @property
+    def draft_s(self) -> float:
+        """Seconds spent proposing."""
+        return sum(r.draft_s for r in self.requests)
+
+    @property
+    def target_s(self) -> float:
+        """Seconds in the target's forwards."""
+        return sum(r.target_s for r in self.requests)
+
+    @property
+    def verify_s(self) -> float:
+        """Seconds processing logits and verifying."""
+        return sum(r.verify_s for r in self.requests)
+
+    @property
+    def other_s(self) -> float:
+        """Seconds for everything else of a round."""
+        return sum(r.other_s for r in self.requests)
+
+    def summary(self) -> str:
+        """One line for people."""
+        return (
+            f"{self.emitted} tokens in {self.rounds} rounds, {self.mean_acceptance_length:.2f} a round, "
+            f"{self.accepted} of {self.drafted} drafted accepted ({self.acceptance_rate:.0%}); "
+            f"draft {self.draft_s:.3f} s, target {self.target_s:.3f} s, verify {self.verify_s:.3f} s, "
+            f"other {self.other_s:.3f} s, prefill {self.prefill_s:.3f} s"
+        )
+
+
+@dataclass(slots=True)
+class _Tally:
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    accepted_at: list[int] = field(default_factory=list)
+    reached_at: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=lambda: [0.0] * 4)
+
+    def add(self, drafted: int, accepted: int, seconds: Sequence[float]) -> None:
+        self.rounds += 1
+        self.drafted += drafted
+        self.accepted += accepted
+        self.seconds = [old + new for old, new in zip(self.seconds, seconds, strict=True)]
+        for counts, reach in ((self.reached_at, drafted), (self.accepted_at, accepted)):
+            counts.extend([0] * (max(drafted, accepted) - len(counts)))
+            for depth in range(reach):
+                counts[depth] += 1
+
+    def stats(self) -> RequestStats:
+        # A tree of n nodes is rarely n deep: depths that no round ever accepted say nothing and are left out.
+        depth = sum(1 for count in self.accepted_at if count) or min(1, len(self.reached_at))
+        draft_s, target_s, verify_s, other_s = self.seconds
+        return RequestStats(
+            self.rounds,
+            self.drafted,
+            self.accepted,
+            tuple(self.accepted_at[:depth]),
+            tuple(self.reached_at[:depth]),
+            draft_s,
+            target_s,
+            verify_s,
+            other_s,
+        )
+
+
+class StatsCollector:
+    """Sums up rounds. prefill_s is set by who prefills."""
+
+    def __init__(self, requests: int) -> None:
+        """requests: how many the call has."""
+        self._tallies = [_Tally() for _ in range(requests)]
+        self._rounds = 0
+        self._num_rows = 0
+        self._forward_s = 0.0
+        self.prefill_s = 0.0
+
+    def add(self, stats: RoundStats) -> None:
+        """Take in a round; its requests share its times evenly."""
+        self._rounds += 1
+        self._num_rows += stats.num_rows
+        self._forward_s += stats.forward_s
+        share = len(stats.requests)
+        seconds = [s / share for s in (stats.draft_s, stats.target_s, stats.verify_s, stats.other_s)]
+        for request, drafted, accepted in zip(stats.requests, stats.drafted, stats.accepted, strict=True):
+            self._tallies[request].add(drafted, accepted, seconds)
+
+    def stats(self) -> SpeculationStats:
+        """What the rounds so far did."""
+        requests = tuple(tally.stats() for tally in self._tallies)
+        return SpeculationStats(requests, self._rounds, self._num_rows, self.prefill_s, self._forward_s)

@@ -1,0 +1,219 @@
+"""Runs a causal LM on packed rows with our cache: prefill, tree scoring, commit."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from specdec.cache import KVCache, LayerSpec
+from specdec.capture import Captured, capture
+from specdec.errors import UnsupportedModelError
+from specdec.kernels.dispatch import AttentionContext, Backend
+from specdec.kernels.rows import Rows, padded_index
+from specdec.linear import pack_linears, packable
+from specdec.rows import chain_rows, tree_rows
+from specdec.taps import TapReader
+from specdec.twin import Twin
+from specdec.types import Scores, TokenTree
+
+logger = logging.getLogger(__name__)
+
+Switch = Literal["auto", "off"]
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerOptions:
+    """How a model is run. attention: the backend.  capture, pack: "off" forces the plain way.
+
+    compute: run a converted copy of the weights instead of sharing them; for draft models, whose rounding is free.
+    capture_after: eager forwards of one size before it is captured.  pack_limit_bytes: most memory for packed weights.
+    """
+
+    attention: Backend = "sdpa"
+    capture: Switch = "auto"
+    pack: Switch = "auto"
+    compute: torch.dtype | None = None
+    capture_after: int = 8
+    max_captures: int = 64
+    pack_limit_bytes: int = 2 << 30
+
+
+class _Probe:
+    """Takes the place of the attention context in one forward, to learn what each layer writes."""
+
+    def __init__(self) -> None:
+        self.specs: dict[int, LayerSpec] = {}
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, layer: int, scale: float, window: int | None, softcap: float | None
+    ) -> Tensor:
+        """Note the layer; see `AttentionContext.attend`."""
+        self.specs[layer] = LayerSpec(key.shape[1], key.shape[3], value.shape[3], key.dtype, key.device, window)
+        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
+
+
+class ModelRunner:
+    """A model, its cache for one batch, and forwards over packed rows `[1, R]`.
+
+    The user's model is left as it was found: forwards run on a twin that shares its weights. One batch at a time:
+    `begin` starts it, `prefill` fills the cache, `score` and `commit` alternate. forward_s: seconds spent in `forward` so far.
+    """
+
+    def __init__(self, model: nn.Module, *, taps: Sequence[str] = (), options: RunnerOptions | None = None) -> None:
+        """model: a transformers causal LM, refused with the reason when it cannot be run.  taps: see `specdec.taps`."""
+        self.options = options or RunnerOptions()
+        self.twin = Twin(model, self.options.compute)
+        embedding: Any = self.twin.model.get_input_embeddings()  # type: ignore[operator]  # transformers' method
+        self.device: torch.device = embedding.weight.device
+        self.dtype: torch.dtype = embedding.weight.dtype
+        config: Any = self.twin.model.config
+        text = config.get_text_config()
+        self.vocabulary: int = text.vocab_size
+        self.max_positions: int | None = getattr(text, "max_position_embeddings", None)
+        self._packed = self._pack()
+        self._taps = TapReader(self.twin.model, tuple(taps))
+        self.specs = self._probe(text.num_hidden_layers)
+        self.cache = KVCache(self.specs, 0, 0)
+        self._seen_sizes: dict[int, int] = {}
+        self._captured: dict[int, Captured] = {}
+        self._no_capture = self._why_no_capture(text)
+        self.forward_s = 0.0
+
+    def _pack(self) -> list[Any]:
+        if self.options.pack == "off" or not self.twin.copied:
+            return []
+        reason = packable(self.twin.model, self.options.pack_limit_bytes)
+        if reason is not None:
+            logger.debug("linear layers stay as they are: %s", reason)
+            return []
+        return pack_linears(self.twin.model)
+
+    def _why_no_capture(self, text: Any) -> str | None:
+        """Why forwards are not captured, or None."""
+        if self.options.capture == "off":
+            return "switched off"
+        if self.device.type != "cpu" or not self.twin.copied:
+            return "only CPU twins are captured so far"
+        rope = getattr(text, "rope_parameters", None) or {}
+        kinds = {rope.get("rope_type")} | {v.get("rope_type") for v in rope.values() if isinstance(v, dict)}
+        if kinds & {"dynamic", "longrope"}:
+            return "its rotary embedding branches on the length"
+        return None
+
+    @torch.no_grad()
+    def _probe(self, num_layers: int) -> list[LayerSpec]:
+        probe = _Probe()
+        tokens = torch.zeros(1, 2, dtype=torch.long, device=self.device)
+        positions = torch.arange(2, device=self.device)[None]
+        self.twin(input_ids=tokens, position_ids=positions, use_cache=False, tree_ctx=probe)
+        self._taps.read(None)
+        if sorted(probe.specs) != list(range(num_layers)):
+            raise UnsupportedModelError(
+                f"{type(self.twin.model).__name__}: {len(probe.specs)} of {num_layers} layers call the attention interface of "
+                "transformers, so the others would ignore the draft tree; use a model whose attention goes through it"
+            )
+        return [probe.specs[i] for i in range(num_layers)]
+
+    def begin(self, num_requests: int, capacity: int) -> None:
+        """Start a batch with an empty cache. capacity: slots a request, drafted nodes included."""
+        if any([layer.refresh() for layer in self._packed]):
+            self._captured.clear()
+        self.cache = KVCache(self.specs, num_requests, capacity)
+
+    def prefill(self, texts: Sequence[Sequence[int]], chunk: int | None = None) -> None:
+        """Append texts[b] to row b of the cache, all rows of all requests packed together.
+
+        chunk: most rows in one forward; None packs everything.  No logits are computed but one row's.
+        """
+        done = [0] * len(texts)
+        while any(d < len(text) for d, text in zip(done, texts, strict=True)):
+            room = chunk or sum(len(text) for text in texts)
+            taken: list[Sequence[int]] = []
+            for b, text in enumerate(texts):
+                part = text[done[b] : done[b] + room]
+                room -= len(part)
+                taken.append(part)
+            self.extend(taken, logits=False)
+            done = [d + len(part) for d, part in zip(done, taken, strict=True)]
+
+    def extend(self, texts: Sequence[Sequence[int]], *, logits: bool = True) -> Tensor | None:
+        """Append committed tokens to every row. Returns the logits [B, V] behind each row's last new token, if asked.
+
+        A row may get no token only when no logits are asked for.
+        """
+        rows = chain_rows(self.cache.lengths, texts, self.device)
+        self.cache.ensure(rows.span)
+        if logits:
+            ends = torch.tensor(rows.sizes, device=self.device).cumsum(0) - 1
+            out = self.forward(rows)[0].index_select(0, ends)
+        else:
+            out = None
+            self._eager(rows.tokens, rows.positions, self._context(rows), logits_to_keep=1)
+        self.cache.lengths = [n + len(text) for n, text in zip(self.cache.lengths, texts, strict=True)]
+        return out
+
+    def score(self, tree: TokenTree) -> Scores:
+        """Target logits at every node of every request's tree, in one forward over the live nodes."""
+        rows = tree_rows(self.cache.lengths, tree)
+        self.cache.ensure(rows.span)
+        logits, *taps = self.forward(rows)
+        if len(tree.num_nodes) == 1:
+            return Scores(logits[None], {k: v[None] for k, v in zip(self._taps.names, taps, strict=True)})
+        index = padded_index(rows)
+        return Scores(logits[index], {k: v[index] for k, v in zip(self._taps.names, taps, strict=True)})
+
+    def commit(self, paths: Sequence[Sequence[int]]) -> None:
+        """Keep node 0 and the accepted path of every row; see `KVCache.commit`."""
+        self.cache.commit(paths)
+
+    @torch.no_grad()
+    def forward(self, rows: Rows) -> tuple[Tensor, ...]:
+        """Logits [R, V] of the rows in the model's dtype, then each tap [R, H]. K and V are written, lengths stay."""
+        began = perf_counter()
+        run = self._captured.get(rows.tokens.shape[1], self._eager)
+        out = run(rows.tokens, rows.positions, self._context(rows))
+        self.forward_s += perf_counter() - began
+        if run == self._eager and self._no_capture is None:
+            self._consider_capture(rows, out)
+        return out
+
+    def _context(self, rows: Rows) -> AttentionContext:
+        return AttentionContext(rows, self.cache.layers, self.options.attention)
+
+    @torch.no_grad()
+    def _eager(self, tokens: Tensor, positions: Tensor, context: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        # Our attention ignores the mask; without one, some families look for padding in the ids, which is a synchronisation.
+        mask = torch.ones_like(tokens)
+        out = self.twin(
+            input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=False, tree_ctx=context, **kwargs
+        )
+        logits = out.logits[0]
+        return (logits, *self._taps.read(tokens.shape[1]))
+
+    def _consider_capture(self, rows: Rows, expected: tuple[Tensor, ...]) -> None:
+        """Capture this size once it has come often enough, and keep the capture only if it agrees bit for bit."""
+        size = rows.tokens.shape[1]
+        self._seen_sizes[size] = self._seen_sizes.get(size, 0) + 1
+        if self._seen_sizes[size] < self.options.capture_after or len(self._captured) >= self.options.max_captures:
+            return
+        result = capture(self._eager, rows.tokens, rows.positions)
+        if not isinstance(result, str):
+            again = result(rows.tokens, rows.positions, self._context(rows))
+            if all(torch.equal(a, b) for a, b in zip(expected, again, strict=True)) or _both_nan(expected, again):
+                self._captured[size] = result
+                return
+            result = "the captured forward differs from the eager one"
+        self._no_capture = result
+        self._captured.clear()
+        logger.warning("specdec runs %s without capture: %s", type(self.twin.model).__name__, result)
+
+
+def _both_nan(expected: tuple[Tensor, ...], again: tuple[Tensor, ...]) -> bool:
+    return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(expected, again, strict=True))
+

@@ -1,0 +1,67 @@
+"""Taps: hidden states of the target that a drafter asks for by name.
+
+"last_hidden" is the input of the output head (after the final norm); "layer:i" the output of decoder layer i.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from specdec.errors import UnsupportedModelError
+
+LAST_HIDDEN = "last_hidden"
+
+
+def _decoder_layers(model: nn.Module) -> nn.ModuleList:
+    config: Any = model.config
+    count = config.get_text_config().num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise UnsupportedModelError(f"{type(model).__name__} has no list of {count} decoder layers to tap")
+
+
+def _module_of(model: nn.Module, name: str) -> tuple[nn.Module, bool]:
+    """The module to watch, and whether its input is meant."""
+    if name == LAST_HIDDEN:
+        head: Any = model.get_output_embeddings()  # type: ignore[operator]  # transformers' method
+        return head, True
+    kind, _, index = name.partition(":")
+    layers = _decoder_layers(model)
+    if kind != "layer" or not index.isdigit() or int(index) >= len(layers):
+        raise UnsupportedModelError(f"tap {name!r} is unknown; allowed: {LAST_HIDDEN!r} and 'layer:0' to 'layer:{len(layers) - 1}'")
+    return layers[int(index)], False
+
+
+class TapReader:
+    """Reads the named hidden states of each forward. Hooks sit on the twin, never on the user's model."""
+
+    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
+        """model: a twin.  names: the taps, in the order that `read` returns them."""
+        self.names = names
+        self._values: dict[str, Tensor] = {}
+        for name in names:
+            module, is_input = _module_of(model, name)
+            if is_input:
+                module.register_forward_pre_hook(self._on_input(name))
+            else:
+                module.register_forward_hook(self._on_output(name))
+
+    def _on_input(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            self._values[name] = args[0]
+
+        return hook
+
+    def _on_output(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self._values[name] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    def read(self, num_rows: int | None) -> tuple[Tensor, ...]:
+        """The taps of the last forward, [R, H] each; None forgets them."""
+        values, self._values = self._values, {}
+        return () if num_rows is None else tuple(values[name].reshape(-1, values[name].shape[-1]) for name in self.names)

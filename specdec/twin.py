@@ -1,0 +1,121 @@
+"""A model that shares the user's weights and runs our attention, while the user's model stays as it was."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from specdec.errors import UnsupportedModelError
+
+ROWS = "specdec_rows"
+SHARED = "specdec_shared"
+
+_RECURRENT_LAYERS = ("linear_attention", "mamba", "mamba2", "conv", "recurrent", "hybrid")
+
+
+def packed_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls; everything it needs travels as `tree_ctx`.
+
+    query: [1, H, R, D], key, value: [1, Hkv, R, D]. Returns [1, R, H, D].
+    """
+    context = kwargs.get("tree_ctx")
+    if context is None:
+        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return out, None
+    for name in ("s_aux", "position_bias", "head_mask"):
+        if kwargs.get(name) is not None:
+            raise UnsupportedModelError(f"{type(module).__name__} passes {name!r} to attention, which is not supported yet")
+    scale = kwargs.get("scaling")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
+    return context.attend(query, key, value, module.layer_idx, float(scale), window, softcap), None
+
+
+def register_attention() -> None:
+    """Make our attention known to transformers under its two names; harmless when done again."""
+    AttentionInterface.register(ROWS, packed_attention)
+    AttentionInterface.register(SHARED, packed_attention)
+    AttentionMaskInterface.register(SHARED, sdpa_mask)
+
+
+def refuse_unsupported(model: nn.Module) -> None:
+    """Raise for a model whose state cannot be rolled back or which is not a decoder."""
+    config = getattr(model, "config", None)
+    name = type(model).__name__
+    if config is None or not hasattr(model, "get_output_embeddings"):
+        raise UnsupportedModelError(f"{name} is not a transformers causal LM; load it with AutoModelForCausalLM")
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{name} is an encoder-decoder model; only decoder-only causal LMs are supported")
+    text = config.get_text_config()
+    kinds = {kind for kind in getattr(text, "layer_types", None) or () if any(r in kind for r in _RECURRENT_LAYERS)}
+    if kinds or getattr(model, "_is_stateful", False):
+        what = ", ".join(sorted(kinds)) or "recurrent layers"
+        raise UnsupportedModelError(
+            f"{name} ({config.model_type}) has {what}: their state cannot be rolled back when a draft is rejected; "
+            "use a target whose layers are all attention, or plain model.generate"
+        )
+    if getattr(text, "reorder_and_upcast_attn", False):
+        raise UnsupportedModelError(f"{name} sets reorder_and_upcast_attn, which bypasses the attention interface; unset it")
+
+
+class Twin:
+    """Runs the model with our attention. copied: weights shared, modules and config our own; otherwise the user's
+    model itself, switched to our attention under a lock for the time of each forward."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
+        """model: a transformers causal LM; left as it was found.  dtype: copy the weights too, converted to it."""
+        refuse_unsupported(model)
+        register_attention()
+        self.reason = _why_not_copied(model)
+        self.model = _copy(model, dtype) if self.reason is None else model
+        self._lock = threading.Lock()
+
+    @property
+    def copied(self) -> bool:
+        """Whether the modules are ours to change."""
+        return self.reason is None
+
+    def __call__(self, **kwargs: Any) -> Any:
+        """One forward of the causal LM."""
+        with nullcontext() if self.copied else self._switched():
+            return self.model(**kwargs)
+
+    @contextmanager
+    def _switched(self) -> Iterator[None]:
+        config: Any = self.model.config
+        with self._lock:
+            before = config._attn_implementation
+            config._attn_implementation = SHARED
+            try:
+                yield
+            finally:
+                config._attn_implementation = before
+
+
+def _why_not_copied(model: nn.Module) -> str | None:
+    for name, module in model.named_modules():
+        if hasattr(module, "_hf_hook") or module._forward_hooks or module._forward_pre_hooks:
+            return f"module {name or 'itself'!r} carries hooks"
+    if getattr(model, "hf_quantizer", None) is not None:
+        return "its weights are quantised"
+    return None
+
+
+def _copy(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """A deep copy whose memo holds every parameter and buffer, so that none is copied; with a dtype, all are."""
+    memo: dict[int, Any] = {} if dtype else {id(t): t for t in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, memo)
+    config: Any = twin.config
+    config._attn_implementation = ROWS
+    return (twin.to(dtype) if dtype else twin).eval()

@@ -1,0 +1,89 @@
+"""Which rule may verify which draft; asked once, when the parts are put together."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from specdec.errors import IncompatibleRuleError
+from specdec.types import Draft, Law, Scores, Verdict
+from specdec.verify.chooser import Chooser
+from specdec.verify.coupled import Coupled
+from specdec.verify.greedy import Greedy
+from specdec.verify.rejection import TokenRejection
+from specdec.verify.sample_and_match import SampleAndMatch
+
+
+class Rule(Protocol):
+    """A verification rule. laws: the draws it verifies.  trees: whether nodes may have several children."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def lossless(self) -> bool: ...
+    @property
+    def laws(self) -> frozenset[Law]: ...
+    @property
+    def trees(self) -> bool: ...
+    @property
+    def uses_q(self) -> bool: ...
+
+    def verify(self, draft: Draft, scores: Scores, chooser: Chooser) -> Verdict:
+        """Keep a path of each request's tree and add one token. scores.logits: processed, [B, N, V]."""
+
+
+_SAMPLING: dict[str, Rule] = {
+    "rejection": TokenRejection(),
+    "sample-and-match": SampleAndMatch(),
+    "coupled": Coupled(),
+}
+NAMES = ("auto", "greedy", *_SAMPLING)
+_PREFERENCE = (Law.INDEPENDENT, Law.COUPLED, Law.DETERMINISTIC, Law.WITHOUT_REPLACEMENT)
+
+
+def rule_for(
+    name: str, laws: frozenset[Law], shape: str, sampling: bool, seeded: bool, post_draw: bool
+) -> tuple[Rule, Law]:
+    """The rule of a call and the law that the drafter should draw by.
+
+    laws, shape: the drafter's.  seeded: the caller gave a seed.  post_draw: the planner drops drawn tokens. Raises
+    IncompatibleRuleError, naming rule and draft, when they do not fit.
+    """
+    if name not in NAMES:
+        raise IncompatibleRuleError(f"verifier={name!r} is unknown; allowed: {', '.join(NAMES)}")
+    deterministic = Law.DETERMINISTIC if Law.DETERMINISTIC in laws else next(law for law in _PREFERENCE if law in laws)
+    if name == "greedy" and sampling:
+        raise IncompatibleRuleError("verifier='greedy' cannot sample; use 'auto', or do_sample=False")
+    if name == "rejection" and shape == "tree":
+        raise IncompatibleRuleError(
+            "verifier='rejection' verifies chains, and this drafter draws trees; use 'auto', 'sample-and-match' or 'coupled'"
+        )
+    if not sampling:
+        return Greedy(), deterministic
+    if name == "auto":
+        name = _automatic(laws, shape, seeded, post_draw)
+    rule = _SAMPLING[name]
+    law = _law_for(rule, laws)
+    if post_draw and rule.uses_q and law is not Law.DETERMINISTIC:
+        raise IncompatibleRuleError(f"verifier={name!r} needs q, but the planner drops tokens after they were drawn")
+    return rule, law
+
+
+def _automatic(laws: frozenset[Law], shape: str, seeded: bool, post_draw: bool) -> str:
+    if seeded and laws & Coupled().laws:
+        return "coupled"
+    if Law.INDEPENDENT in laws and shape == "chain" and not post_draw:
+        return "rejection"
+    return "sample-and-match"
+
+
+def _law_for(rule: Rule, laws: frozenset[Law]) -> Law:
+    wanted = {
+        "rejection": (Law.INDEPENDENT, Law.DETERMINISTIC),
+        "coupled": (Law.COUPLED, Law.DETERMINISTIC),
+        "sample-and-match": (Law.DETERMINISTIC, Law.INDEPENDENT, Law.COUPLED, Law.WITHOUT_REPLACEMENT),
+    }[rule.name]
+    for law in wanted:
+        if law in laws:
+            return law
+    have = ", ".join(sorted(laws))
+    raise IncompatibleRuleError(f"verifier={rule.name!r} verifies {', '.join(wanted)} drafts; this drafter's are {have}")

@@ -1,0 +1,61 @@
+"""From what the target chose at every node to the accepted path, without a serial walk."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specdec.trees.layout import ancestors
+from specdec.types import TokenTree, Verdict
+
+
+def accept_matches(tree: TokenTree, chosen: Tensor, finite: Tensor) -> Verdict:
+    """Accept the longest path whose every token is what the target chose at its parent.
+
+    chosen: [B, N] int64, the target's token behind each node.  finite: [B, N] bool, its row held no NaN. At most one child
+    of a node can match when siblings differ; of equal siblings the first counts.
+    """
+    batch, nodes = tree.tokens.shape
+    if nodes == 1:
+        nothing = torch.zeros(batch, 0, dtype=torch.long, device=chosen.device)
+        return Verdict(nothing, torch.zeros_like(chosen[:, 0]), chosen[:, 0], finite[:, 0])
+    return _on_chain(tree, chosen, finite) if tree.is_chain else _on_tree(tree, chosen, finite)
+
+
+def _live(tree: TokenTree) -> Tensor | None:
+    """[B, N - 1] bool: drafted nodes that are not padding; None where there is no padding."""
+    nodes = tree.tokens.shape[1]
+    if min(tree.num_nodes) == nodes:
+        return None
+    sizes = torch.tensor(tree.num_nodes, device=tree.tokens.device)[:, None]
+    return torch.arange(1, nodes, device=tree.tokens.device) < sizes
+
+
+def _on_chain(tree: TokenTree, chosen: Tensor, finite: Tensor) -> Verdict:
+    match = tree.tokens[:, 1:] == chosen[:, :-1]
+    live = _live(tree)
+    if live is not None:
+        match &= live
+    count = match.long().cumprod(1).sum(1)
+    path = torch.arange(1, tree.tokens.shape[1], device=chosen.device).expand_as(match)
+    last = count[:, None]
+    return Verdict(path, count, chosen.gather(1, last)[:, 0], finite.gather(1, last)[:, 0])
+
+
+def _on_tree(tree: TokenTree, chosen: Tensor, finite: Tensor) -> Verdict:
+    batch, nodes = tree.tokens.shape
+    match = torch.ones(batch, nodes, dtype=torch.bool, device=chosen.device)
+    match[:, 1:] = tree.tokens[:, 1:] == chosen.gather(1, tree.parents[:, 1:])
+    live = _live(tree)
+    if live is not None:
+        match[:, 1:] &= live
+    above = ancestors(tree.parents)
+    kept = ~(above & ~match[:, None]).any(2)
+    depth = above.sum(2) - 1
+    count, last = torch.where(kept, depth, -1).max(1)
+    on_path = above.gather(1, last[:, None, None].expand(-1, 1, nodes))[:, 0]
+    order = torch.where(on_path, depth, nodes)
+    path = order.sort(dim=1, stable=True).indices[:, 1:]
+    path = path * (torch.arange(nodes - 1, device=path.device) < count[:, None])
+    last = last[:, None]
+    return Verdict(path, count, chosen.gather(1, last)[:, 0], finite.gather(1, last)[:, 0])
