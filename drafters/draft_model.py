@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -106,9 +106,7 @@ class DraftModelDrafter:
     def _chain(self, roots: Tensor, logits: Tensor, budget: Budget, depth: int) -> Draft:
         """Draw one token after the other, each from the law given the ones before it."""
         lengths = tuple(self.runner.cache.lengths)
-        requests = torch.tensor(budget.requests, device=roots.device)
-        starts = torch.tensor(lengths, device=roots.device)
-        chooser = self._chooser(requests, starts)
+        draw = self._draws(budget.requests, lengths)
         drafted: list[Tensor] = []
         laws: list[Tensor] = []
         for step in range(depth):
@@ -116,7 +114,7 @@ class DraftModelDrafter:
                 logits = self.runner.forward(self._next_rows(lengths, step - 1, drafted[-1]))[0]
             if budget.stop is not None and budget.stop(float(logits.float().softmax(-1).amax(-1).max())):
                 break
-            token, q = self._draw(logits, budget.requests, requests, starts + step, drafted, chooser)
+            token, q = draw(logits, drafted)
             drafted.append(token)
             laws.append(q)
         counts = tuple(min(n, d, len(drafted)) for n, d in zip(budget.nodes, budget.depth, strict=True))
@@ -127,35 +125,22 @@ class DraftModelDrafter:
         laws.append(torch.zeros_like(laws[0]))
         return Draft(tree, self._law, torch.stack(laws, 1)[:, : tree.tokens.shape[1]])
 
-    def _chooser(self, requests: Tensor, starts: Tensor) -> NoiseChooser | None:
-        sampling = self._setup.sampling
-        if sampling is None or self._law is not Law.INDEPENDENT:
-            return None
-        return NoiseChooser(sampling.noise, requests, starts, Stream.DRAFT)
-
-    def _draw(
-        self,
-        logits: Tensor,
-        slots: tuple[int, ...],
-        requests: Tensor,
-        positions: Tensor,
-        drafted: list[Tensor],
-        chooser: NoiseChooser | None,
-    ) -> tuple[Tensor, Tensor]:
-        """The next token [B] and the law [B, V] that it was drawn from, by the law of the call."""
+    def _draws(self, slots: tuple[int, ...], lengths: tuple[int, ...]) -> Callable[[Tensor, list[Tensor]], tuple[Tensor, Tensor]]:
+        """How the next token is drawn in this round: (logits [B, V], tokens so far) to (token [B], its law [B, V])."""
         sampling = self._setup.sampling
         if sampling is None or self._law is Law.DETERMINISTIC:
-            return logits.argmax(-1), logits
+            return lambda logits, drafted: (logits.argmax(-1), logits)
+        requests, starts = torch.tensor([slots, lengths], device=self.runner.device)
+        chooser = NoiseChooser(sampling.noise, requests, starts, Stream.DRAFT)
 
-        def paths() -> list[tuple[int, tuple[int, ...]]]:
-            rows = torch.stack(drafted, 1).tolist() if drafted else [[] for _ in slots]
-            return [(slot, tuple(row)) for slot, row in zip(slots, rows, strict=True)]
+        def draw(logits: Tensor, drafted: list[Tensor]) -> tuple[Tensor, Tensor]:
+            processed = sampling.process(logits, lambda: _paths(slots, drafted))
+            if self._law is Law.COUPLED:
+                return coupled_pick(sampling.noise, requests, starts + len(drafted), processed), processed
+            q = processed.softmax(-1)
+            return chooser.pick(q), q
 
-        processed = sampling.process(logits, paths)
-        if chooser is None:
-            return coupled_pick(sampling.noise, requests, positions, processed), processed
-        q = processed.softmax(-1)
-        return chooser.pick(q), q
+        return draw
 
     def _next_rows(self, lengths: tuple[int, ...], step: int, tokens: Tensor) -> Rows:
         """One row a request, `step` slots behind the committed ones: a chain sees all that is before it."""
@@ -175,9 +160,15 @@ class DraftModelDrafter:
         return growth.tree(roots, budget)
 
 
+def _paths(slots: tuple[int, ...], drafted: list[Tensor]) -> list[tuple[int, tuple[int, ...]]]:
+    rows = torch.stack(drafted, 1).tolist() if drafted else [[] for _ in slots]
+    return [(slot, tuple(row)) for slot, row in zip(slots, rows, strict=True)]
+
+
 def _draft_options(model: nn.Module) -> RunnerOptions:
     """A half-precision draft on a CPU without fast bf16 runs in fp32: its rounding is free, and casts cost more than products."""
     weights = [p for p in model.parameters() if p.is_floating_point()]
     slow = any(p.dtype in (torch.bfloat16, torch.float16) for p in weights) and not cpu_has_fast_bf16()
     small = sum(p.numel() for p in weights) * 4 <= RunnerOptions().pack_limit_bytes
-    return RunnerOptions(compute=torch.float32 if slow and small and all(p.device.type == "cpu" for p in weights) else None)
+    on_cpu = all(p.device.type == "cpu" for p in weights)
+    return RunnerOptions(compute=torch.float32 if slow and small and on_cpu else None, row_invariant=False)

@@ -28,14 +28,16 @@ class AttentionContext:
     layers: per layer the pair (K, V), each [B, Hkv, S, D]; B rows of it are in use.
     """
 
-    def __init__(self, rows: Rows, layers: list[tuple[Tensor, Tensor]], backend: Backend = "sdpa") -> None:
-        """force "reference" as the backend to run the twin everywhere."""
+    def __init__(
+        self, rows: Rows, layers: list[tuple[Tensor, Tensor]], backend: Backend = "sdpa", tile: int = SLOT_TILE
+    ) -> None:
+        """backend: "reference" runs the twin everywhere.  tile: views are a whole number of this many slots."""
         self.rows = rows
         self.layers = layers
         self.backend = backend
-        self._masks: dict[tuple[int | None, int, torch.dtype], Tensor] = {}
+        self._masks: dict[tuple[int | None, int, torch.dtype], Tensor | None] = {}
         self._seen: dict[int | None, Tensor] = {}
-        self._span = min(-(-rows.span // SLOT_TILE) * SLOT_TILE, layers[0][0].shape[2])
+        self._span = min(-(-rows.span // tile) * tile, layers[0][0].shape[2])
         self._single = len(rows.sizes) == 1
         self._index = None if rows.uniform else padded_index(rows)
         self._row_of = None if self._single else request_of_row(rows)
@@ -100,18 +102,19 @@ class AttentionContext:
         out = torch.nn.functional.scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=scale)
         return out.reshape(batch, heads, nodes, -1)
 
-    def _mask(self, window: int | None, group: int, dtype: torch.dtype) -> Tensor:
-        """Additive mask [B, 1, G * N, S], made once a forward."""
+    def _mask(self, window: int | None, group: int, dtype: torch.dtype) -> Tensor | None:
+        """Additive mask [B, 1, G * N, S], made once a forward; None where one row sees every slot of the view."""
         name = (window, group, dtype)
         if name not in self._masks:
             self._masks[name] = self._make_mask(window, group, dtype)
         return self._masks[name]
 
-    def _make_mask(self, window: int | None, group: int, dtype: torch.dtype) -> Tensor:
+    def _make_mask(self, window: int | None, group: int, dtype: torch.dtype) -> Tensor | None:
         rows = self.rows
         plain = rows.tree is not None or rows.base == rows.lengths
         if self._single and plain and (window is None or rows.span <= window):
-            return self._single_mask(group, dtype)
+            alone = rows.sizes[0] == 1 and rows.tree is None and rows.span == self._span
+            return None if alone else self._single_mask(group, dtype)
         hidden = ~self.seen(window)
         mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
         return mask.repeat(1, group, 1)[:, None]
@@ -121,7 +124,8 @@ class AttentionContext:
         rows, device = self.rows, self.rows.slots.device
         size, length, span = rows.sizes[0], rows.lengths[0], rows.span
         mask = torch.zeros(group, size, self._span, dtype=dtype, device=device)
-        mask[:, :, span:] = float("-inf")
+        if span < self._span:
+            mask[:, :, span:] = float("-inf")
         if rows.tree is not None:
             mask[:, :, length:span].masked_fill_(~rows.tree[0, :, : span - length], float("-inf"))
         elif size > 1:

@@ -18,8 +18,8 @@ from transformers import (
     StoppingCriteriaList,
     StopStringCriteria,
 )
-from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from specdec.drafters.base import Drafter
 from specdec.drafters.draft_model import DraftModelDrafter
@@ -138,8 +138,8 @@ class SpeculativeGenerator:
         def decode(model: PreTrainedModel, input_ids: Tensor, **prepared: Any) -> Any:
             return self._decode(input_ids, extras, **prepared)
 
-        run: Callable[..., Any] = self.target.generate
-        return run(inputs, generation_config, custom_generate=decode, **kwargs)
+        target: Any = self.target
+        return target.generate(inputs, generation_config, custom_generate=decode, **kwargs)
 
     def decode(
         self,

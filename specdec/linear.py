@@ -27,9 +27,13 @@ class PackedLinear(nn.Module):
     when first used, so a runner that only ever sees few rows holds one of them.
     """
 
-    def __init__(self, source: nn.Linear) -> None:
-        """source: the layer to stand for; shares its parameters and adds up to 8 bytes a weight."""
+    def __init__(self, source: nn.Linear, *, grouped: bool = True) -> None:
+        """source: the layer to stand for; shares its parameters and adds up to 8 bytes a weight.
+
+        grouped: make each row's result independent of the number of rows, up to 8; costs a little speed.
+        """
         super().__init__()
+        self._grouped_rows = _GROUPED_ROWS if grouped else 0
         self.source = source
         self.out_features = source.out_features
         self._rows_first: Tensor | None = None
@@ -54,19 +58,24 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out], in the dtype of x."""
         rows = x.float().reshape(-1, x.shape[-1])
-        out = self._grouped(rows) if rows.shape[0] <= _GROUPED_ROWS else self._wide(rows)
+        if rows.shape[0] <= self._grouped_rows:
+            out = self._grouped(rows)
+        else:
+            out = self._few(rows) if rows.shape[0] <= _GROUP else self._wide(rows)
         return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def _few(self, rows: Tensor) -> Tensor:
+        """Up to 3 rows, on weights as [out, in]."""
+        if self._rows_first is None:
+            self._rows_first = self.source.weight.detach().float()
+        return nn.functional.linear(rows, self._rows_first, self._bias)
 
     def _grouped(self, rows: Tensor) -> Tensor:
         """Few rows, in groups of 2 and 3; a row's result does not depend on the others."""
-        if self._rows_first is None:
-            self._rows_first = self.source.weight.detach().float()
         sizes = group_sizes(rows.shape[0])
-        if len(sizes) == 1:
-            alone = sizes[0] == 1
-            out = nn.functional.linear(rows.expand(2, -1) if alone else rows, self._rows_first, self._bias)
-            return out[:1] if alone else out
-        return torch.cat([nn.functional.linear(part, self._rows_first, self._bias) for part in rows.split(sizes)])
+        if sizes == [1]:
+            return self._few(rows.expand(2, -1))[:1]
+        return self._few(rows) if len(sizes) == 1 else torch.cat([self._few(part) for part in rows.split(sizes)])
 
     def _wide(self, rows: Tensor) -> Tensor:
         """Many rows, on weights as [in, out]."""
@@ -105,13 +114,13 @@ def packable(model: nn.Module, limit_bytes: int) -> str | None:
     return None
 
 
-def pack_linears(model: nn.Module) -> list[PackedLinear]:
+def pack_linears(model: nn.Module, *, grouped: bool = True) -> list[PackedLinear]:
     """Replace every plain `nn.Linear` of a twin by a packed one; returns them for `refresh`."""
     packed: list[PackedLinear] = []
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
-                layer = PackedLinear(child)
+                layer = PackedLinear(child, grouped=grouped)
                 setattr(parent, name, layer)
                 packed.append(layer)
     return packed

@@ -25,14 +25,15 @@ def load_model(
     _check_options(kwargs)
     check_checkpoint(path)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             str(path), dtype="auto" if dtype is None else dtype, use_safetensors=True, trust_remote_code=False, **kwargs
         )
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path}: transformers cannot load it as a causal LM from safetensors: {error}"
         ) from error
-    return (model if device is None else model.to(device)).eval()
+    placed: PreTrainedModel = (model if device is None else model.to(device)).eval()
+    return placed
 
 
 def load_tokenizer(path: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase | None:

@@ -16,7 +16,9 @@ class Planner(Protocol):
     post_draw: True when `select` drops nodes on account of what was drawn; only rules that ignore q accept that.
     """
 
-    post_draw: bool
+    @property
+    def post_draw(self) -> bool:
+        """Whether `select` looks at the drawn tokens."""
 
     def plan(self, load: Load) -> Budget:
         """The budget of the next round, from what is known before it."""

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from specdec.cache import KVCache, LayerSpec
-from specdec.capture import Captured, capture
+from specdec.capture import Forward, capture
 from specdec.errors import UnsupportedModelError
-from specdec.kernels.dispatch import AttentionContext, Backend
+from specdec.kernels.dispatch import SLOT_TILE, AttentionContext, Backend
 from specdec.kernels.rows import Rows, padded_index
 from specdec.linear import pack_linears, packable
 from specdec.rows import chain_rows, tree_rows
@@ -32,6 +32,7 @@ class RunnerOptions:
     """How a model is run. attention: the backend.  capture, pack: "off" forces the plain way.
 
     compute: run a converted copy of the weights instead of sharing them; for draft models, whose rounding is free.
+    row_invariant: on a CPU, a token's logits are the same bits whether 1 or up to 8 rows are scored together.
     capture_after: eager forwards of one size before it is captured.  pack_limit_bytes: most memory for packed weights.
     """
 
@@ -39,7 +40,8 @@ class RunnerOptions:
     capture: Switch = "auto"
     pack: Switch = "auto"
     compute: torch.dtype | None = None
-    capture_after: int = 8
+    row_invariant: bool = True
+    capture_after: int = 4
     max_captures: int = 64
     pack_limit_bytes: int = 2 << 30
 
@@ -81,7 +83,7 @@ class ModelRunner:
         self.specs = self._probe(text.num_hidden_layers)
         self.cache = KVCache(self.specs, 0, 0)
         self._seen_sizes: dict[int, int] = {}
-        self._captured: dict[int, Captured] = {}
+        self._captured: dict[int, Forward] = {}
         self._no_capture = self._why_no_capture(text)
         self.forward_s = 0.0
 
@@ -92,7 +94,7 @@ class ModelRunner:
         if reason is not None:
             logger.debug("linear layers stay as they are: %s", reason)
             return []
-        return pack_linears(self.twin.model)
+        return pack_linears(self.twin.model, grouped=self.options.row_invariant)
 
     def _why_no_capture(self, text: Any) -> str | None:
         """Why forwards are not captured, or None."""
@@ -150,8 +152,7 @@ class ModelRunner:
         rows = chain_rows(self.cache.lengths, texts, self.device)
         self.cache.ensure(rows.span)
         if logits:
-            ends = torch.tensor(rows.sizes, device=self.device).cumsum(0) - 1
-            out = self.forward(rows)[0].index_select(0, ends)
+            out = _last_of_each(self.forward(rows)[0], rows.sizes)
         else:
             out = None
             self._eager(rows.tokens, rows.positions, self._context(rows), logits_to_keep=1)
@@ -184,7 +185,8 @@ class ModelRunner:
         return out
 
     def _context(self, rows: Rows) -> AttentionContext:
-        return AttentionContext(rows, self.cache.layers, self.options.attention)
+        tile = SLOT_TILE if self.options.row_invariant else 1
+        return AttentionContext(rows, self.cache.layers, self.options.attention, tile)
 
     @torch.no_grad()
     def _eager(self, tokens: Tensor, positions: Tensor, context: Any, **kwargs: Any) -> tuple[Tensor, ...]:
@@ -212,6 +214,14 @@ class ModelRunner:
         self._no_capture = result
         self._captured.clear()
         logger.warning("specdec runs %s without capture: %s", type(self.twin.model).__name__, result)
+
+
+def _last_of_each(logits: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """[B, V]: the row of each request's last token, from [R, V]."""
+    if len(sizes) == 1:
+        return logits[-1:]
+    ends = torch.tensor(sizes, device=logits.device).cumsum(0) - 1
+    return logits.index_select(0, ends)
 
 
 def _both_nan(expected: tuple[Tensor, ...], again: tuple[Tensor, ...]) -> bool:

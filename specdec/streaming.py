@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,10 +20,11 @@ class StepStream:
     """
 
     def __init__(self, streamer: BaseStreamer, input_ids: Tensor, stopping: Stopping, pad: int) -> None:
-        self._streamer, self._stopping, self._pad = streamer, stopping, pad
+        self._streamer: Any = streamer
+        self._stopping, self._pad = stopping, pad
         self._tokens: list[list[int]] = [[] for _ in range(len(input_ids))]
         self._given = 0
-        streamer.put(input_ids.cpu())
+        self._put(input_ids.cpu())
 
     def emit(self, request: int, tokens: Sequence[int]) -> None:
         """Take in a request's new tokens."""
@@ -40,5 +42,8 @@ class StepStream:
 
     def _give(self, until: int) -> None:
         for step in range(self._given, until):
-            self._streamer.put(torch.tensor([own[step] if step < len(own) else self._pad for own in self._tokens]))
+            self._put(torch.tensor([own[step] if step < len(own) else self._pad for own in self._tokens]))
         self._given = max(self._given, until)
+
+    def _put(self, tokens: Tensor) -> None:
+        self._streamer.put(tokens)

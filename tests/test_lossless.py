@@ -16,9 +16,9 @@ from specdec.generator import SpeculativeGenerator
 from specdec.planner import FixedPlanner
 
 K = 3
-NEW = 40
+NEW = 60
 LENGTHS = {"one": (9,), "ragged": (9, 3, 14, 1)}
-SHAPES = {"chain": FixedPlanner(nodes=K, depth=K, width=1), "tree": FixedPlanner(nodes=7, depth=K, width=3)}
+SHAPES = {"chain": FixedPlanner(nodes=K, depth=K, width=1), "tree": FixedPlanner(nodes=21, depth=K, width=3)}
 
 
 def _wrong(model: nn.Module) -> nn.Module:
