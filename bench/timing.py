@@ -1,0 +1,58 @@
+"""Timing of methods against each other in one interleaved run, and intervals for their ratios."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One method on one prompt. tokens: new ones.  overhead_s: inside rounds but outside the models' forwards, None for
+    methods that have no rounds.  rounds: target forwards after the prompt."""
+
+    method: str
+    prompt: int
+    group: str
+    num_tokens: int
+    seconds: float
+    rounds: int
+    round_s: float
+    forward_s: float
+    tokens: tuple[int, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def timed(run: Callable[[], Any]) -> tuple[Any, float]:
+    """The result and the seconds it took."""
+    began = perf_counter()
+    out = run()
+    return out, perf_counter() - began
+
+
+def rotation(names: Sequence[str], turn: int) -> list[str]:
+    """The names beginning at another place each turn, so that no method always follows the same one."""
+    start = turn % len(names)
+    return [*names[start:], *names[:start]]
+
+
+def ratio_interval(
+    seconds: Mapping[str, Sequence[float]], tokens: Mapping[str, Sequence[int]], method: str, base: str, seed: int = 0
+) -> tuple[float, float, float]:
+    """Tokens a second of `method` over `base`: the ratio over all prompts, and its 95 % bootstrap interval over prompts."""
+    draws = np.random.default_rng(seed).integers(0, len(seconds[base]), size=(2000, len(seconds[base])))
+
+    def rate(name: str, picks: Any) -> Any:
+        return np.asarray(tokens[name])[picks].sum(-1) / np.asarray(seconds[name])[picks].sum(-1)
+
+    everything = np.arange(len(seconds[base]))
+    ratios = rate(method, draws) / rate(base, draws)
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return float(rate(method, everything) / rate(base, everything)), float(low), float(high)
