@@ -37,8 +37,8 @@ class FixedPlanner:
     nodes: drafted nodes a request (root excluded).  depth: longest path.  width: most children of a node.
     """
 
-    nodes: int = 3
-    depth: int = 3
+    nodes: int = 2
+    depth: int = 2
     width: int = 1
     post_draw: bool = False
 

@@ -1,0 +1,89 @@
+"""The command `specdec`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from specdec import __version__
+from specdec.errors import SpecDecError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+Target = Annotated[str | None, typer.Option(help="checkpoint folder or hub name; the bundled model by default")]
+DraftOption = Annotated[str | None, typer.Option(help="'prompt-lookup', 'suffix', 'none', or a checkpoint; default: the bundled draft")]
+
+
+@app.callback(invoke_without_command=True)
+def version(show: Annotated[bool, typer.Option("--version", help="print the version and leave")] = False) -> None:
+    """Speculative decoding for Hugging Face causal LMs: faster, and the text never changes."""
+    if show:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    target: Target = None,
+    draft: Annotated[str | None, typer.Option(help="draft checkpoint; the bundled draft by default")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=8, help="tokens for each prompt")] = 64,
+    nodes: Annotated[int, typer.Option(min=1, help="tokens to draft each round")] = 2,
+    quick: Annotated[bool, typer.Option(help="two prompts, timed once")] = False,
+    color: Annotated[bool, typer.Option(help="colour the accepted draft tokens")] = True,
+) -> None:
+    """Decode real prompts plainly and speculatively, side by side, and show that the text is the same."""
+    from specdec.demo import run_demo
+
+    run_demo(target, draft, max_new_tokens, nodes, quick, Console(no_color=not color))
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="the prompt; without one it is read from --file or standard input")] = None,
+    file: Annotated[Path | None, typer.Option(help="read the prompt from this file")] = None,
+    chat: Annotated[bool, typer.Option(help="use the chat template; without a prompt, talk until an empty line")] = False,
+    target: Target = None,
+    drafter: DraftOption = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(min=1)] = None,
+    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
+    seed: Annotated[int | None, typer.Option(help="makes sampling repeat")] = None,
+    verifier: Annotated[str, typer.Option(help="auto, greedy, rejection, sample-and-match or coupled")] = "auto",
+    nodes: Annotated[int, typer.Option(min=0, help="tokens to draft each round")] = 2,
+    json_output: Annotated[bool, typer.Option("--json", help="print one JSON document instead of streaming")] = False,
+) -> None:
+    """Generate text; it streams as it is verified."""
+    from specdec.generate_command import GenerateOptions, run_generate
+
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p} if temperature > 0 else {}
+    options = GenerateOptions(target, drafter, max_new_tokens, sampling, seed, verifier, nodes, chat, json_output)
+    run_generate(prompt, file, options, Console())
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has and what specdec makes of it."""
+    from specdec.demo import show_doctor
+
+    show_doctor(Console())
+
+
+def main() -> None:
+    """Run the command; an error that the user can mend is one line and exit code 2."""
+    try:
+        app()
+    except SpecDecError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("stopped")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
