@@ -7,6 +7,8 @@ lie right for the number of rows. The twin's linear layers therefore keep fp32 c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -85,6 +87,66 @@ class PackedLinear(nn.Module):
         return out if self._bias is None else out + self._bias
 
 
+class SharedInput:
+    """Linear layers that are fed the same tensor (query, key and value; gate and up), run as one product.
+
+    The first of them to be called with an input computes for all; the others take their part of that result.
+    """
+
+    def __init__(self, parts: Sequence[nn.Linear], *, grouped: bool) -> None:
+        """parts: layers of one input width, all with bias or all without."""
+        self.parts = [SharedLinear(part, self, i) for i, part in enumerate(parts)]
+        self._sources, self._grouped = list(parts), grouped
+        self._whole: PackedLinear | None = None
+        self._input: Tensor | None = None
+        self._outputs: tuple[Tensor, ...] = ()
+
+    def refresh(self) -> bool:
+        """Forget the copies if any of the weights changed; returns whether."""
+        versions = [-1 if p.is_inference() else p._version for part in self._sources for p in part.parameters()]
+        changed = self._whole is None or versions != self._versions
+        if changed:
+            self._versions = versions
+            self._whole = PackedLinear(self._joined(), grouped=self._grouped)
+        return changed
+
+    def _joined(self) -> nn.Linear:
+        """One layer with the parts' rows under each other."""
+        first = self._sources[0]
+        whole = nn.Linear(first.in_features, sum(s.out_features for s in self._sources), bias=False, device="meta")
+        whole.weight = nn.Parameter(torch.cat([s.weight.detach() for s in self._sources]), requires_grad=False)
+        if first.bias is not None:
+            whole.bias = nn.Parameter(torch.cat([s.bias.detach() for s in self._sources]), requires_grad=False)
+        return whole
+
+    def output(self, x: Tensor, part: int) -> Tensor:
+        """The part's output for x."""
+        if self._input is not x:
+            if self._whole is None:
+                self.refresh()
+            assert self._whole is not None
+            self._outputs = self._whole(x).split([s.out_features for s in self._sources], -1)
+            self._input = x
+        out = self._outputs[part]
+        if part == len(self._sources) - 1:
+            self._input, self._outputs = None, ()
+        return out
+
+
+class SharedLinear(nn.Module):
+    """One of the layers of a `SharedInput`."""
+
+    def __init__(self, source: nn.Linear, shared: SharedInput, part: int) -> None:
+        """source: the layer to stand for."""
+        super().__init__()
+        self.source, self.out_features = source, source.out_features
+        self._shared, self._part = shared, part
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., out]."""
+        return self._shared.output(x, self._part)
+
+
 def group_sizes(rows: int) -> list[int]:
     """Split rows into groups of 2 and 3, as few as can be; one row stays alone."""
     if rows <= _GROUP:
@@ -108,19 +170,37 @@ def packable(model: nn.Module, limit_bytes: int) -> str | None:
         return f"weights of {sorted({str(w.dtype) for w in weights})} are not packed"
     if any(w.dtype != torch.float32 for w in weights) and cpu_has_fast_bf16():
         return "this CPU multiplies bf16 by itself"
-    needed = sum(w.numel() * 8 for w in weights)
+    needed = sum(w.numel() * 10 for w in weights)
     if needed > limit_bytes:
         return f"packed copies could take {needed / 2**30:.1f} GiB, more than the limit of {limit_bytes / 2**30:.1f} GiB"
     return None
 
 
-def pack_linears(model: nn.Module, *, grouped: bool = True) -> list[PackedLinear]:
-    """Replace every plain `nn.Linear` of a twin by a packed one; returns them for `refresh`."""
-    packed: list[PackedLinear] = []
+# Layers that every supported family feeds with one tensor, in the order in which it calls them.
+_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def pack_linears(model: nn.Module, *, grouped: bool = True) -> list[PackedLinear | SharedInput]:
+    """Replace every plain `nn.Linear` of a twin by a packed one; returns what has to be refreshed."""
+    packed: list[PackedLinear | SharedInput] = []
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
-                layer = PackedLinear(child, grouped=grouped)
-                setattr(parent, name, layer)
-                packed.append(layer)
+        children = {name: child for name, child in parent.named_children() if type(child) is nn.Linear}
+        for names in _TOGETHER:
+            if _joinable([children.get(name) for name in names]):
+                shared = SharedInput([children.pop(name) for name in names], grouped=grouped)
+                for name, part in zip(names, shared.parts, strict=True):
+                    setattr(parent, name, part)
+                packed.append(shared)
+        for name, child in children.items():
+            layer = PackedLinear(child, grouped=grouped)
+            setattr(parent, name, layer)
+            packed.append(layer)
     return packed
+
+
+def _joinable(parts: list[nn.Linear | None]) -> bool:
+    found = [part for part in parts if part is not None]
+    if len(found) != len(parts):
+        return False
+    kinds = {(part.in_features, part.weight.dtype, part.bias is None) for part in found}
+    return len(kinds) == 1
