@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+import transformers
 import typer
 from rich.console import Console
 from rich.progress import track
@@ -44,7 +46,9 @@ class Prompt:
 Method = Callable[[Prompt], tuple[list[int], Any]]
 
 
-def load_prompts(path: Path | None, tokenizer: Any, limit: int | None, longest: int) -> tuple[list[Prompt], int]:
+def load_prompts(
+    path: Path | None, tokenizer: Any, limit: int | None, longest: int, group: str | None = None
+) -> tuple[list[Prompt], int]:
     """Prompts of a JSONL file and how many were left out for being longer than `longest` tokens; none is cut.
 
     A line holds "text" (and "chat") or "messages", and "group" or "src".
@@ -62,7 +66,7 @@ def load_prompts(path: Path | None, tokenizer: Any, limit: int | None, longest: 
             skipped += 1
             continue
         prompts.append(Prompt(line.get("group") or line["src"].split("/")[0], tuple(ids)))
-    return _spread(prompts, limit), skipped
+    return _spread([p for p in prompts if group in (None, p.group)], limit), skipped
 
 
 def _spread(prompts: list[Prompt], limit: int | None) -> list[Prompt]:
@@ -121,7 +125,7 @@ def _measure(prompts: list[Prompt], chosen: dict[str, Method], store: Path | Non
     if store and store.exists():
         samples = [Sample(**{**json.loads(s), "tokens": tuple(json.loads(s)["tokens"])}) for s in store.read_text().splitlines()]
     done = {(s.method, s.prompt) for s in samples}
-    for name, method in chosen.items():
+    for method in chosen.values():
         for prompt in prompts[:2]:
             method(prompt)
     for index in track(range(len(prompts)), "prompts", console=console):
@@ -177,7 +181,15 @@ def _equality(samples: list[Sample], prompts: list[Prompt], target: Any) -> dict
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
     cpu = next((x.split(":")[1].strip() for x in _lines("/proc/cpuinfo") if x.startswith("model name")), platform.processor())
-    return {"cpu": cpu, "threads": torch.get_num_threads(), "cores": os.cpu_count(), "torch": torch.__version__}
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": commit,
+    }
 
 
 def _lines(path: str) -> list[str]:
@@ -200,6 +212,7 @@ def main(
     prompts: Annotated[Path | None, typer.Option(help="JSONL of prompts; the built-in ones by default")] = None,
     limit: Annotated[int | None, typer.Option(help="most prompts, evenly from the file")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="tokens to make for each prompt")] = 128,
+    group: Annotated[str | None, typer.Option(help="only prompts of this group")] = None,
     longest: Annotated[int, typer.Option(help="leave out prompts of more tokens than this")] = 384,
     plans: Annotated[str, typer.Option(help="drafted tokens a round to try, separated by commas")] = "1,2,3",
     output: Annotated[Path | None, typer.Option(help="JSON to write; OUTPUT.samples.jsonl beside it lets a run resume")] = None,
@@ -211,7 +224,8 @@ def main(
     for model in (target, draft):
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = 0
-    chosen_prompts, skipped = load_prompts(prompts, AutoTokenizer.from_pretrained(bundled_path("target")), limit, longest)
+    tokenizer = AutoTokenizer.from_pretrained(bundled_path("target"))
+    chosen_prompts, skipped = load_prompts(prompts, tokenizer, limit, longest, group)
     store = output.with_suffix(".samples.jsonl") if output else None
     samples = _measure(chosen_prompts, methods(target, draft, max_new_tokens, [int(p) for p in plans.split(",")]), store, console)
     report: dict[str, Any] = {"machine": machine(), "dtype": str(target.dtype), "max_new_tokens": max_new_tokens}

@@ -12,8 +12,8 @@ from specdec.drafters.base import DraftSetup
 from specdec.drafters.expansion import Expansion
 from specdec.errors import SpecDecError, VocabularyMismatchError
 from specdec.kernels.rows import Rows
-from specdec.noise import Stream
 from specdec.linear import cpu_has_fast_bf16
+from specdec.noise import Stream
 from specdec.runner import ModelRunner, RunnerOptions
 from specdec.trees.chain import chain_tree
 from specdec.types import Budget, Committed, Draft, Law, TokenTree

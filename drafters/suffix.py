@@ -53,7 +53,11 @@ class SuffixFinder:
         return self._own, own, own_matched
 
     def _push(
-        self, heap: list[tuple[float, int, int, int, int]], automaton: SuffixAutomaton, node: tuple[float, int, int, int], width: int
+        self,
+        heap: list[tuple[float, int, int, int, int]],
+        automaton: SuffixAutomaton,
+        node: tuple[float, int, int, int],
+        width: int,
     ) -> None:
         probability, level, state, number = node
         following = [(automaton.count[to], token, to) for token, to in automaton.next[state].items()]

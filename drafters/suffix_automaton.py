@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-
 _MOST_SUFFIXES = 64
 
 
@@ -12,7 +11,8 @@ class SuffixAutomaton:
     """Every substring of the texts added, with how often it occurs.
 
     State 0 is the empty string. A new token raises the counts of its suffixes, longest first, at most `_MOST_SUFFIXES` classes
-    of them, so that text which repeats one token stays linear. `follow` and `shorten` let a caller keep the longest suffix of its own text that occurs here.
+    of them, so that text which repeats one token stays linear. `follow` and `shorten` let a caller keep the longest suffix of
+    its own text that occurs here.
     """
 
     def __init__(self, texts: Iterable[Iterable[int]] = ()) -> None:

@@ -28,9 +28,7 @@ class AttentionContext:
     layers: per layer the pair (K, V), each [B, Hkv, S, D]; B rows of it are in use.
     """
 
-    def __init__(
-        self, rows: Rows, layers: list[tuple[Tensor, Tensor]], backend: Backend = "sdpa", tile: int = SLOT_TILE
-    ) -> None:
+    def __init__(self, rows: Rows, layers: list[tuple[Tensor, Tensor]], backend: Backend = "sdpa", tile: int = SLOT_TILE) -> None:
         """backend: "reference" runs the twin everywhere.  tile: views are a whole number of this many slots."""
         self.rows = rows
         self.layers = layers

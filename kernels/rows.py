@@ -75,9 +75,7 @@ def visible(rows: Rows, span: int, window: int | None = None) -> Tensor:
     slots = torch.arange(span, device=device)
     inside = (slots - lengths).clamp(0, width - 1)
     behind = slots < lengths
-    seen = behind[:, None] | (
-        tree.gather(2, inside[:, None].expand(-1, tree.shape[1], -1)) & (slots < lengths + width)[:, None]
-    )
+    seen = behind[:, None] | (tree.gather(2, inside[:, None].expand(-1, tree.shape[1], -1)) & (slots < lengths + width)[:, None])
     if window is not None:
         assert offsets is not None, "a tree of rows needs its slots' positions for a sliding window"
         key_positions = torch.where(behind, slots.expand(batch, -1), lengths + offsets.gather(1, inside))

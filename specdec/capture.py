@@ -37,16 +37,14 @@ class _Recorder(TorchFunctionMode):
         self._alive: list[Any] = list(inputs)
         self._done: dict[str, str] = {}
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Run the operation and note it, unless it gives no tensor or only hands its input back."""
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name in _BRANCHING:
             raise _CannotCapture(f"the forward branches on values ({resolve_name(func) or name})")
         out = func(*args, **kwargs)
-        if name == "__setitem__" or name.endswith("_") and not name.endswith("__"):
+        if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
             self._write(f"{self._constant(func)}({self._call(args, kwargs)})")
         elif isinstance(out, Tensor):
             self._note(name, func, args, kwargs, out)

@@ -15,7 +15,9 @@ from specdec.errors import SpecDecError
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 Target = Annotated[str | None, typer.Option(help="checkpoint folder or hub name; the bundled model by default")]
-DraftOption = Annotated[str | None, typer.Option(help="'prompt-lookup', 'suffix', 'none', or a checkpoint; default: the bundled draft")]
+DraftOption = Annotated[
+    str | None, typer.Option(help="'prompt-lookup', 'suffix', 'none', or a checkpoint; default: the bundled draft")
+]
 
 
 @app.callback(invoke_without_command=True)

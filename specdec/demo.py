@@ -168,8 +168,8 @@ def _show_table(console: Console, target: Any, prompts: list[Prompt], runs: dict
         )
     console.print(table)
     ours = [name for name in runs if name not in (HF, PLAIN)]
-    same = all(r.tokens == p.tokens for name in ours for r, p in zip(runs[name], runs[PLAIN], strict=True))
-    console.print(f"identical: {'yes' if same else 'no'} (speculative against plain decoding, token for token)")
+    identical = all(r.tokens == p.tokens for name in ours for r, p in zip(runs[name], runs[PLAIN], strict=True))
+    console.print(f"identical: {'yes' if identical else 'no'} (speculative against plain decoding, token for token)")
     _show_differences(console, target, prompts, runs)
 
 

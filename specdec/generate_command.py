@@ -71,9 +71,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool, before: l
         if not tokenizer.chat_template:
             raise InvalidRequestError("--chat: this model's tokenizer has no chat template; leave --chat away")
         messages = [*before, {"role": "user", "content": text}]
-        encoded: Any = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         ids = encoded["input_ids"]
     tensor: torch.Tensor = ids
     return tensor
@@ -95,7 +93,7 @@ def _answer(
         **{k: v for k, v in options.sampling.items() if v is not None},
     )
     tokens = out[0, ids.shape[1] :].tolist()
-    text: str = tokenizer.decode(tokens, skip_special_tokens=True)
+    text = str(tokenizer.decode(tokens, skip_special_tokens=True))
     if options.as_json:
         stats = generator.stats
         assert stats is not None

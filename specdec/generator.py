@@ -79,13 +79,9 @@ class SpeculativeGenerator:
         Raises a SpecDecError when target, drafter and rule do not fit together.
         """
         if getattr(getattr(target, "config", None), "is_encoder_decoder", False):
-            raise UnsupportedModelError(
-                f"{type(target).__name__} is an encoder-decoder; a decoder-only causal LM is needed"
-            )
+            raise UnsupportedModelError(f"{type(target).__name__} is an encoder-decoder; a decoder-only causal LM is needed")
         if not callable(getattr(target, "generate", None)):
-            raise UnsupportedModelError(
-                f"{type(target).__name__} has no generate(); a transformers causal LM is needed"
-            )
+            raise UnsupportedModelError(f"{type(target).__name__} has no generate(); a transformers causal LM is needed")
         self.target, self.tokenizer, self.seed = target, tokenizer, _checked_seed(seed)
         self.engine = Engine(target, as_drafter(drafter, target), verifier, _as_planner(planner))
         self.stats: SpeculationStats | None = None
@@ -216,9 +212,7 @@ class SpeculativeGenerator:
         if not strings:
             return kwargs, config
         if tokenizer is None:
-            raise InvalidRequestError(
-                "stop_strings need a tokenizer: give one to generate() or to SpeculativeGenerator"
-            )
+            raise InvalidRequestError("stop_strings need a tokenizer: give one to generate() or to SpeculativeGenerator")
         criteria = list(kwargs.get("stopping_criteria") or [])
         if not any(type(c) is StopStringCriteria for c in criteria):
             criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=strings))
@@ -246,9 +240,7 @@ def as_drafter(drafter: Drafter | nn.Module | str | Path | None, target: nn.Modu
         return DraftModelDrafter(drafter)
     if isinstance(drafter, Drafter):
         return drafter
-    raise SpecDecError(
-        f"drafter is a {type(drafter).__name__}; give a model, a path, one of {_LOOKUPS}, a Drafter or None"
-    )
+    raise SpecDecError(f"drafter is a {type(drafter).__name__}; give a model, a path, one of {_LOOKUPS}, a Drafter or None")
 
 
 def _as_planner(planner: Planner | int | None) -> Planner:

@@ -98,6 +98,7 @@ class SharedInput:
         self.parts = [SharedLinear(part, self, i) for i, part in enumerate(parts)]
         self._sources, self._grouped = list(parts), grouped
         self._whole: PackedLinear | None = None
+        self._versions: list[int] = []
         self._input: Tensor | None = None
         self._outputs: tuple[Tensor, ...] = ()
 

@@ -29,9 +29,7 @@ def load_model(
             str(path), dtype="auto" if dtype is None else dtype, use_safetensors=True, trust_remote_code=False, **kwargs
         )
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: transformers cannot load it as a causal LM from safetensors: {error}"
-        ) from error
+        raise CheckpointError(f"{path}: transformers cannot load it as a causal LM from safetensors: {error}") from error
     placed: PreTrainedModel = (model if device is None else model.to(device)).eval()
     return placed
 
@@ -66,6 +64,4 @@ def check_checkpoint(path: str | Path) -> None:
 def _check_options(kwargs: dict[str, Any]) -> None:
     for name in ("trust_remote_code", "use_safetensors"):
         if name in kwargs:
-            raise CheckpointError(
-                f"{name} is not an option: weights are safetensors and a checkpoint's code is never run"
-            )
+            raise CheckpointError(f"{name} is not an option: weights are safetensors and a checkpoint's code is never run")

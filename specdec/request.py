@@ -21,9 +21,7 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     """Refuse arguments of `generate` that would change what the model computes, before anything is prepared."""
     for name in _ASSISTED:
         if arguments.get(name) not in (None, False):
-            raise InvalidRequestError(
-                f"{name} is transformers' own speculation; give the drafter to SpeculativeGenerator"
-            )
+            raise InvalidRequestError(f"{name} is transformers' own speculation; give the drafter to SpeculativeGenerator")
     for name in ("inputs_embeds", "past_key_values", "negative_prompt_ids", "negative_prompt_attention_mask"):
         if arguments.get(name) is not None:
             raise InvalidRequestError(f"{name} is not supported; give the whole prompt as input_ids")
@@ -33,9 +31,7 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
         raise InvalidRequestError("custom_generate is what this generator replaces; leave it out")
     inputs = arguments.get("inputs") if arguments.get("inputs") is not None else arguments.get("input_ids")
     if inputs is not None and (not isinstance(inputs, Tensor) or inputs.dim() != 2):
-        raise InvalidRequestError(
-            "input_ids must be a tensor [batch, length]; tokenizers give one with return_tensors='pt'"
-        )
+        raise InvalidRequestError("input_ids must be a tensor [batch, length]; tokenizers give one with return_tensors='pt'")
     if inputs is not None and inputs.numel() == 0:
         raise InvalidRequestError("the prompt is empty; give one token or more, for instance the start-of-text token")
 
@@ -51,18 +47,14 @@ def check_config(config: GenerationConfig) -> None:
         raise InvalidRequestError("guidance_scale needs a second forward of the model for every token; leave it out")
     for name in ("output_attentions", "output_hidden_states"):
         if getattr(config, name):
-            raise InvalidRequestError(
-                f"{name}: a tree's forward has no such output per token; run the model on the result"
-            )
+            raise InvalidRequestError(f"{name}: a tree's forward has no such output per token; run the model on the result")
 
 
 def check_model_kwargs(kwargs: Mapping[str, Any]) -> None:
     """Refuse inputs of the model's forward that this runtime would ignore."""
     extra = sorted(name for name, value in kwargs.items() if name not in _OWN_WAY and value is not None)
     if extra:
-        raise InvalidRequestError(
-            f"{', '.join(extra)}: not supported; prompts are given by input_ids and attention_mask"
-        )
+        raise InvalidRequestError(f"{', '.join(extra)}: not supported; prompts are given by input_ids and attention_mask")
     if getattr(kwargs.get("past_key_values"), "_is_user_defined", False):
         raise InvalidRequestError("past_key_values is not supported; give the whole prompt as input_ids")
 
@@ -72,14 +64,10 @@ def prompts_of(input_ids: Tensor, mask: Tensor | None, positions: Tensor | None)
     if mask is None:
         mask = torch.ones_like(input_ids)
     if mask.shape != input_ids.shape:
-        raise InvalidRequestError(
-            f"attention_mask is {tuple(mask.shape)}, input_ids {tuple(input_ids.shape)}; they must agree"
-        )
+        raise InvalidRequestError(f"attention_mask is {tuple(mask.shape)}, input_ids {tuple(input_ids.shape)}; they must agree")
     if positions is not None:
         expected = (mask.long().cumsum(-1) - 1).to(positions.device)
-        if positions.shape != expected.shape or bool(
-            ((positions != expected) & (mask != 0).to(positions.device)).any()
-        ):
+        if positions.shape != expected.shape or bool(((positions != expected) & (mask != 0).to(positions.device)).any()):
             raise InvalidRequestError("position_ids must count the tokens that attention_mask keeps; leave them out")
     prompts = []
     for request, (row, keep) in enumerate(zip(input_ids.tolist(), mask.tolist(), strict=True)):

@@ -124,7 +124,8 @@ class ModelRunner:
 
     def begin(self, num_requests: int, capacity: int) -> None:
         """Start a batch with an empty cache. capacity: slots a request, drafted nodes included."""
-        if any([layer.refresh() for layer in self._packed]):
+        changed = [layer.refresh() for layer in self._packed]
+        if any(changed):
             self._captured.clear()
         self.cache = KVCache(self.specs, num_requests, capacity)
 
@@ -192,9 +193,7 @@ class ModelRunner:
     def _eager(self, tokens: Tensor, positions: Tensor, context: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         # Our attention ignores the mask; without one, some families look for padding in the ids, which is a synchronisation.
         mask = torch.ones_like(tokens)
-        out = self.twin(
-            input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=False, tree_ctx=context, **kwargs
-        )
+        out = self.twin(input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=False, tree_ctx=context, **kwargs)
         logits = out.logits[0]
         return (logits, *self._taps.read(tokens.shape[1]))
 
@@ -226,4 +225,3 @@ def _last_of_each(logits: Tensor, sizes: tuple[int, ...]) -> Tensor:
 
 def _both_nan(expected: tuple[Tensor, ...], again: tuple[Tensor, ...]) -> bool:
     return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(expected, again, strict=True))
-

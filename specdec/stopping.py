@@ -42,9 +42,7 @@ class Stopping:
         self._pad, self._device = pad, torch.device(device)
         self._stops: list[int | None] = [None] * len(rows)
         self._max_length = min((c.max_length for c in criteria if type(c) is MaxLengthCriteria), default=_FOREVER)
-        self._eos = frozenset(
-            t for c in criteria if type(c) is EosTokenCriteria for t in c.eos_token_id.view(-1).tolist()
-        )
+        self._eos = frozenset(t for c in criteria if type(c) is EosTokenCriteria for t in c.eos_token_id.view(-1).tolist())
         self._deadline = min(
             (c.initial_timestamp + c.max_time for c in criteria if type(c) is MaxTimeCriteria), default=float("inf")
         )

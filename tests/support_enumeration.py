@@ -56,7 +56,7 @@ def enumerate_all(run: Callable[[Replay], tuple[int, ...] | Law1]) -> Law1:
     while prefix is not None:
         replay = Replay(prefix)
         out = run(replay)
-        for outcome, weight in (out.items() if isinstance(out, dict) else ((out, 1.0),)):
+        for outcome, weight in out.items() if isinstance(out, dict) else ((out, 1.0),):
             law[outcome] = law.get(outcome, 0.0) + replay.weight * weight
         prefix = replay.following()
     return law

@@ -38,7 +38,14 @@ _SMALL: dict[str, Any] = {
 
 
 def _old_style(**kwargs: Any) -> dict[str, Any]:
-    return {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False, **kwargs}
+    return {
+        "vocab_size": VOCABULARY,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
+        **kwargs,
+    }
 
 
 def family_config(family: str) -> PretrainedConfig:

@@ -150,9 +150,7 @@ def test_a_streamer_is_given_what_hf_gives_it(generator: SpeculativeGenerator, b
 
 
 def test_scores_and_logits_equal_generate(generator: SpeculativeGenerator) -> None:
-    theirs, mine = _both(
-        generator, return_dict_in_generate=True, output_scores=True, output_logits=True, repetition_penalty=1.5
-    )
+    theirs, mine = _both(generator, return_dict_in_generate=True, output_scores=True, output_logits=True, repetition_penalty=1.5)
     assert isinstance(mine, SpeculativeOutput)
     assert torch.equal(mine.sequences, theirs.sequences)
     for name in ("scores", "logits"):
@@ -282,9 +280,7 @@ def test_stop_strings_cut_inside_a_block(model: Any, generator: SpeculativeGener
     if source == "argument":
         mine = generator.generate(**options, stop_strings=strings, max_new_tokens=NEW, do_sample=False)
     elif source == "config":
-        config = GenerationConfig(
-            stop_strings=strings, max_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=2
-        )
+        config = GenerationConfig(stop_strings=strings, max_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=2)
         mine = generator.generate(**INPUTS, tokenizer=tokenizer, generation_config=config)
         assert config.stop_strings == strings
     else:

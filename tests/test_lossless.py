@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support_compare import Negated, RecordingPlanner, assert_same_greedy
-from tests.support_models import FAMILIES, left_padded, noised, prompts, tiny_model
 from torch import nn
 
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.generator import SpeculativeGenerator
 from specdec.planner import FixedPlanner
+from tests.support_compare import Negated, RecordingPlanner, assert_same_greedy
+from tests.support_models import FAMILIES, left_padded, noised, prompts, tiny_model
 
 K = 3
 NEW = 60

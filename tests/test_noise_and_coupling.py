@@ -27,7 +27,8 @@ def test_uniforms_are_uniform_and_streams_independent() -> None:
     request = torch.tensor(3)
     draws = [Noise(5).uniform(s, request, positions) for s in Stream]
     for u in draws:
-        assert 0 < float(u.min()) and float(u.max()) < 1
+        assert float(u.min()) > 0
+        assert float(u.max()) < 1
         assert stats.kstest(u.numpy(), "uniform").pvalue > ALPHA
     for i, a in enumerate(draws):
         for b in draws[:i]:
@@ -60,7 +61,8 @@ def test_chooser_accepts_and_picks_by_the_law() -> None:
     chooser = NoiseChooser(Noise(4), requests, starts, Stream.ACCEPT)
     prob = torch.tensor([0.0, 0.3, 1.0]).expand(count, -1)
     hits = chooser.accept(prob).sum(0)
-    assert hits[0] == 0 and hits[2] == count
+    assert hits[0] == 0
+    assert hits[2] == count
     assert stats.binomtest(int(hits[1]), count, 0.3).pvalue > ALPHA
     weights = torch.tensor([3.0, 0.0, 1.0, 4.0])
     picked = torch.bincount(chooser.pick(weights.expand(count, -1)), minlength=4)
@@ -79,9 +81,7 @@ def test_rejection_with_device_noise_follows_the_target() -> None:
     tree = TokenTree(tokens, torch.tensor([-1, 0]).expand(count, -1), (2,) * count, True)
     laws = torch.stack((q, torch.zeros_like(q))).expand(count, -1, -1)
     chooser = NoiseChooser(Noise(8), requests, starts, Stream.ACCEPT)
-    verdict = TokenRejection().verify(
-        Draft(tree, Law.INDEPENDENT, laws), Scores(p.log().expand(count, 2, -1)), chooser
-    )
+    verdict = TokenRejection().verify(Draft(tree, Law.INDEPENDENT, laws), Scores(p.log().expand(count, 2, -1)), chooser)
     first = torch.where(verdict.num_accepted > 0, draft, verdict.next_token)
     assert _chi_square(torch.bincount(first, minlength=5).double(), p) > ALPHA
 

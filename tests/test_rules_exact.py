@@ -6,6 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+
+from specdec.types import Draft, Law, TokenTree
+from specdec.verify.compatibility import Rule
+from specdec.verify.greedy import Greedy
+from specdec.verify.rejection import TokenRejection
+from specdec.verify.sample_and_match import SampleAndMatch
 from tests.support_enumeration import (
     Law1,
     Replay,
@@ -18,12 +24,6 @@ from tests.support_enumeration import (
     scores_of,
     total_variation,
 )
-
-from specdec.types import Draft, Law, TokenTree
-from specdec.verify.compatibility import Rule
-from specdec.verify.greedy import Greedy
-from specdec.verify.rejection import TokenRejection
-from specdec.verify.sample_and_match import SampleAndMatch
 
 EXACT = 1e-12
 KINDS = ["random", "zeros", "one-hot"]

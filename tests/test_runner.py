@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from tests.support_models import FAMILIES, prompts, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BloomConfig, MambaConfig
 
@@ -14,6 +13,7 @@ from specdec.errors import UnsupportedModelError
 from specdec.runner import ModelRunner, RunnerOptions
 from specdec.trees.layout import ancestors
 from specdec.types import TokenTree
+from tests.support_models import FAMILIES, prompts, tiny_model
 
 # fp32 on CPU: our attention and linear layers sum in another order than transformers' do.
 TOLERANCE = 2e-4
@@ -122,7 +122,8 @@ def test_the_users_model_is_left_as_it_was() -> None:
     runner.begin(1, 32)
     runner.prefill(prompts((6,)))
     runner.score(_trees([7], (4,)))
-    assert model.training and model.config.to_dict() == config
+    assert model.training
+    assert model.config.to_dict() == config
     assert model.config._attn_implementation != "specdec_rows"
     assert {n: list(m.__dict__) for n, m in model.named_modules()} == {n: list(a) for n, a in attributes.items()}
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -154,7 +155,8 @@ def test_a_model_with_hooks_is_switched_for_each_forward_only() -> None:
     runner.prefill(texts)
     tree = _trees([7], (8,))
     logits = runner.score(tree).logits
-    assert calls and model.config._attn_implementation == "sdpa"
+    assert calls
+    assert model.config._attn_implementation == "sdpa"
     _check_scores(model, texts, tree, logits)
 
 
@@ -181,4 +183,3 @@ def test_unsupported_targets_are_refused_by_name() -> None:
         ModelRunner(bloom)
     with pytest.raises(UnsupportedModelError, match="causal LM"):
         ModelRunner(nn.Linear(2, 2))
-

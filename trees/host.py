@@ -9,9 +9,7 @@ import torch
 from specdec.types import TokenTree
 
 
-def tree_from_lists(
-    tokens: Sequence[Sequence[int]], parents: Sequence[Sequence[int]], device: torch.device
-) -> TokenTree:
+def tree_from_lists(tokens: Sequence[Sequence[int]], parents: Sequence[Sequence[int]], device: torch.device) -> TokenTree:
     """A tree for each request, padded to the widest. tokens[b], parents[b]: nodes in topological order, root first."""
     widest = max(map(len, tokens))
     values = torch.tensor(

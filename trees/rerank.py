@@ -32,6 +32,4 @@ def rerank(roots: Tensor, tokens: Tensor, parents: Tensor, scores: Tensor, count
     own = number.gather(1, parents.gather(1, safe) + 1)
     kept = tokens.gather(1, safe)
     root = torch.full_like(roots[:, None], -1)
-    return TokenTree(
-        torch.cat((roots[:, None], kept * live), 1), torch.cat((root, own * live), 1), tuple(n + 1 for n in counts)
-    )
+    return TokenTree(torch.cat((roots[:, None], kept * live), 1), torch.cat((root, own * live), 1), tuple(n + 1 for n in counts))

@@ -17,15 +17,24 @@ class Rule(Protocol):
     """A verification rule. laws: the draws it verifies.  trees: whether nodes may have several children."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What `verifier=` calls it."""
+
     @property
-    def lossless(self) -> bool: ...
+    def lossless(self) -> bool:
+        """Whether the output's law is exactly the target's."""
+
     @property
-    def laws(self) -> frozenset[Law]: ...
+    def laws(self) -> frozenset[Law]:
+        """The draws it verifies."""
+
     @property
-    def trees(self) -> bool: ...
+    def trees(self) -> bool:
+        """Whether a node may have several children."""
+
     @property
-    def uses_q(self) -> bool: ...
+    def uses_q(self) -> bool:
+        """Whether it looks at the law of the draw."""
 
     def verify(self, draft: Draft, scores: Scores, chooser: Chooser) -> Verdict:
         """Keep a path of each request's tree and add one token. scores.logits: processed, [B, N, V]."""
@@ -40,9 +49,7 @@ NAMES = ("auto", "greedy", *_SAMPLING)
 _PREFERENCE = (Law.INDEPENDENT, Law.COUPLED, Law.DETERMINISTIC, Law.WITHOUT_REPLACEMENT)
 
 
-def rule_for(
-    name: str, laws: frozenset[Law], shape: str, sampling: bool, seeded: bool, post_draw: bool
-) -> tuple[Rule, Law]:
+def rule_for(name: str, laws: frozenset[Law], shape: str, sampling: bool, seeded: bool, post_draw: bool) -> tuple[Rule, Law]:
     """The rule of a call and the law that the drafter should draw by.
 
     laws, shape: the drafter's.  seeded: the caller gave a seed.  post_draw: the planner drops drawn tokens. Raises
