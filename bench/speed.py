@@ -1,9 +1,10 @@
 """Speed of plain and speculative decoding at batch 1, greedy: `python -P -m specdec.bench.speed`.
 
-Every prompt runs through every method before the next prompt, in rotating order, so that a machine that changes pace changes it
-for all. End-of-sequence is ignored, so that every method makes the same number of tokens. Ratios are of tokens a second, with
-95 % bootstrap intervals over prompts. Outputs are compared first: ours with plain decoding on the same runtime
-token for token, and with `model.generate` by the margin of `specdec.bench.margin`.
+Every prompt runs through every method before the next prompt, in rotating order, so that a machine that changes pace changes
+it for all; the whole is repeated and each prompt counts by its median run. End-of-sequence is ignored, so that every method
+makes the same number of tokens. Ratios are of tokens a second, with 95 % bootstrap intervals over prompts. Outputs are compared
+first: ours with plain decoding on the same runtime token for token, and with `model.generate` by the margin of
+`specdec.bench.margin`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from specdec import FixedPlanner, SpeculativeGenerator
 from specdec.bench.margin import explain
-from specdec.bench.timing import Sample, ratio_interval, rotation, timed
+from specdec.bench.timing import Sample, medians, ratio_interval, rotation, timed
 from specdec.bundled import bundled_path
 from specdec.drafters.draft_model import DraftModelDrafter
 
@@ -55,7 +56,7 @@ def load_prompts(
     """
     text = path.read_text() if path else files("specdec.bench").joinpath("prompts.jsonl").read_text()
     prompts, skipped = [], 0
-    for line in map(json.loads, text.splitlines()):
+    for line in map(json.loads, filter(None, text.split("\n"))):
         messages = line.get("messages") or [{"role": "user", "content": line["text"]}]
         if "messages" in line or line.get("chat"):
             asked = messages[: max(1, len(messages) - (messages[-1]["role"] == "assistant"))]
@@ -112,28 +113,29 @@ def methods(target: Any, draft: Any, new: int, plans: list[int]) -> dict[str, Me
     return chosen
 
 
-def _sample(name: str, index: int, prompt: Prompt, out: list[int], stats: Any, seconds: float) -> Sample:
+def _sample(name: str, index: int, prompt: Prompt, repeat: int, method: Method) -> Sample:
+    (out, stats), seconds = timed(lambda: method(prompt))
     if stats is None:
-        return Sample(name, index, prompt.group, len(out), seconds, len(out), 0.0, 0.0, tuple(out))
+        return Sample(name, index, prompt.group, len(out), seconds, len(out), 0.0, 0.0, tuple(out), repeat)
     round_s = stats.draft_s + stats.target_s + stats.verify_s + stats.other_s
-    return Sample(name, index, prompt.group, len(out), seconds, stats.rounds, round_s, stats.forward_s, tuple(out))
+    return Sample(name, index, prompt.group, len(out), seconds, stats.rounds, round_s, stats.forward_s, tuple(out), repeat)
 
 
-def _measure(prompts: list[Prompt], chosen: dict[str, Method], store: Path | None, console: Console) -> list[Sample]:
-    """Samples of every method on every prompt; prompts that the store already holds are not run again."""
+def _measure(prompts: list[Prompt], chosen: dict[str, Method], repeats: int, store: Path | None, console: Console) -> list[Sample]:
+    """Samples of every method on every prompt; runs that the store already holds are not repeated."""
     samples: list[Sample] = []
     if store and store.exists():
         samples = [Sample(**{**json.loads(s), "tokens": tuple(json.loads(s)["tokens"])}) for s in store.read_text().splitlines()]
-    done = {(s.method, s.prompt) for s in samples}
+    done = {(s.method, s.prompt, s.repeat) for s in samples}
     for method in chosen.values():
-        for prompt in prompts[:2]:
+        for prompt in prompts[:1]:
             method(prompt)
-    for index in track(range(len(prompts)), "prompts", console=console):
-        for name in rotation(list(chosen), index):
-            if (name, index) in done:
+    for turn in track(range(len(prompts) * repeats), "prompts", console=console):
+        repeat, index = divmod(turn, len(prompts))
+        for name in rotation(list(chosen), turn):
+            if (name, index, repeat) in done:
                 continue
-            (out, stats), seconds = timed(lambda name=name, index=index: chosen[name](prompts[index]))  # type: ignore[misc]
-            samples.append(_sample(name, index, prompts[index], out, stats, seconds))
+            samples.append(_sample(name, index, prompts[index], repeat, chosen[name]))
             if store:
                 with store.open("a") as file:
                     file.write(json.dumps(samples[-1].as_dict()) + "\n")
@@ -213,6 +215,7 @@ def main(
     limit: Annotated[int | None, typer.Option(help="most prompts, evenly from the file")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="tokens to make for each prompt")] = 128,
     group: Annotated[str | None, typer.Option(help="only prompts of this group")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="runs of each method on each prompt; the median counts")] = 3,
     longest: Annotated[int, typer.Option(help="leave out prompts of more tokens than this")] = 384,
     plans: Annotated[str, typer.Option(help="drafted tokens a round to try, separated by commas")] = "1,2,3",
     output: Annotated[Path | None, typer.Option(help="JSON to write; OUTPUT.samples.jsonl beside it lets a run resume")] = None,
@@ -227,8 +230,10 @@ def main(
     tokenizer = AutoTokenizer.from_pretrained(bundled_path("target"))
     chosen_prompts, skipped = load_prompts(prompts, tokenizer, limit, longest, group)
     store = output.with_suffix(".samples.jsonl") if output else None
-    samples = _measure(chosen_prompts, methods(target, draft, max_new_tokens, [int(p) for p in plans.split(",")]), store, console)
-    report: dict[str, Any] = {"machine": machine(), "dtype": str(target.dtype), "max_new_tokens": max_new_tokens}
+    chosen = methods(target, draft, max_new_tokens, [int(p) for p in plans.split(",")])
+    samples = medians(_measure(chosen_prompts, chosen, repeats, store, console))
+    report: dict[str, Any] = {"machine": machine(), "dtype": str(target.dtype)}
+    report |= {"max_new_tokens": max_new_tokens, "repeats": repeats}
     report |= {"left_out_for_length": skipped, "equality": _equality(samples, chosen_prompts, target)}
     groups = sorted({s.group for s in samples})
     report["groups"] = {name: _rows(samples, {name}) for name in groups} | {"all": _rows(samples, set(groups))}

@@ -12,8 +12,8 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One method on one prompt. tokens: new ones.  overhead_s: inside rounds but outside the models' forwards, None for
-    methods that have no rounds.  rounds: target forwards after the prompt."""
+    """One run of one method on one prompt. rounds: target forwards after the prompt.  round_s: seconds of all rounds, and
+    forward_s those inside the models' forwards, 0 for methods that do not tell.  tokens: the new ones."""
 
     method: str
     prompt: int
@@ -24,6 +24,7 @@ class Sample:
     round_s: float
     forward_s: float
     tokens: tuple[int, ...] = ()
+    repeat: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -35,6 +36,14 @@ def timed(run: Callable[[], Any]) -> tuple[Any, float]:
     began = perf_counter()
     out = run()
     return out, perf_counter() - began
+
+
+def medians(samples: Sequence[Sample]) -> list[Sample]:
+    """For every method and prompt the run of median time, so that a pause of the machine does not count."""
+    groups: dict[tuple[str, int], list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault((sample.method, sample.prompt), []).append(sample)
+    return [sorted(own, key=lambda s: s.seconds)[len(own) // 2] for own in groups.values()]
 
 
 def rotation(names: Sequence[str], turn: int) -> list[str]:

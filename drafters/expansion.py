@@ -69,6 +69,11 @@ class Expansion:
         self._offsets = torch.cat((self._offsets, level), 1)
 
     def tree(self, roots: Tensor, budget: Budget) -> TokenTree:
-        """The most likely candidates under each request's budget of nodes, ancestors always among them."""
+        """The most likely candidates under each request's budget of nodes and depth, ancestors always among them."""
         scores, tokens, parents = (torch.cat(x, 1) for x in (self._scores, self._tokens, self._parents))
-        return rerank(roots, tokens, parents, scores, budget.nodes)
+        within = [sum(level.shape[1] for level in self._scores[:depth]) for depth in budget.depth]
+        if min(within) < scores.shape[1]:
+            limits = torch.tensor(within, device=scores.device)[:, None]
+            scores = scores.masked_fill(torch.arange(scores.shape[1], device=scores.device) >= limits, float("-inf"))
+        counts = tuple(min(n, w) for n, w in zip(budget.nodes, within, strict=True))
+        return rerank(roots, tokens, parents, scores, counts)

@@ -98,6 +98,28 @@ def test_captured_forward_is_bit_identical(family: str) -> None:
     assert 6 in captured._captured
 
 
+@pytest.mark.parametrize("capture", ["auto", "off"])
+def test_a_bf16_row_has_the_same_bits_alone_and_among_others(capture: str) -> None:
+    """What makes speculative text equal plain text in half precision, on CPUs whose linear layers are packed."""
+    model = tiny_model().to(torch.bfloat16)
+    runner = ModelRunner(model, options=RunnerOptions(capture=capture, capture_after=2))  # type: ignore[arg-type]
+    if not runner._packed:
+        pytest.skip("this CPU multiplies bf16 by itself")
+    text = prompts((60,))[0]
+    runner.begin(1, 96)
+    runner.prefill([text[:27]])
+    alone = []
+    for token in text[27:35]:
+        alone.append(runner.score(TokenTree(torch.tensor([[token]]), torch.tensor([[-1]]), (1,), True)).logits[0, 0])
+        runner.commit([[]])
+    for rows in range(1, 9):
+        runner.cache.lengths = [27]
+        chain = TokenTree(torch.tensor([text[27 : 27 + rows]]), torch.arange(-1, rows - 1)[None], (rows,), True)
+        for _ in range(3):
+            logits = runner.score(chain).logits[0]
+        assert all(torch.equal(a, b) for a, b in zip(alone, logits, strict=False))
+
+
 def test_taps_are_the_hidden_states() -> None:
     model = tiny_model()
     text = prompts((6,))[0]
