@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 class Divergence:
     """The first place where two outputs differ. gap: between the two tokens' logits in the one-row path.
 
-    noise: twice the 99.9th percentile of |one-row - many-row| logits on the text before it, the threshold.
+    noise: twice the 99.9th percentile of |one-row - many-row| logits over the whole text, the threshold.
     """
 
     place: int
@@ -41,11 +41,11 @@ def explain(model: PreTrainedModel, prompt: Sequence[int], ours: Sequence[int], 
     place = first_difference(ours, theirs)
     if place is None:
         return None
-    text = torch.tensor([[*prompt, *theirs[:place]]], device=model.device)
+    text = torch.tensor([[*prompt, *theirs]], device=model.device)
     single = _one_row_logits(model, text, len(prompt))
     many = model(text).logits[0, len(prompt) - 1 :].float()
     noise = 2 * float((single - many).abs().flatten().quantile(0.999))
-    pair = single[-1][[ours[place], theirs[place]]]
+    pair = single[place][[ours[place], theirs[place]]]
     return Divergence(place, float((pair[0] - pair[1]).abs()), noise)
 
 

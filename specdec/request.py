@@ -61,6 +61,10 @@ def check_model_kwargs(kwargs: Mapping[str, Any]) -> None:
 
 def prompts_of(input_ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> tuple[tuple[int, ...], ...]:
     """The prompts without their left pads. input_ids, mask: [B, length].  positions: what the mask implies."""
+    if input_ids.is_floating_point() or input_ids.dim() != 2:
+        raise InvalidRequestError(
+            f"input_ids of {input_ids.dtype} and shape {tuple(input_ids.shape)}; give token ids as integers, [batch, length]"
+        )
     if mask is None:
         mask = torch.ones_like(input_ids)
     if mask.shape != input_ids.shape:

@@ -7,7 +7,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from tests.support_models import VOCABULARY, prompts, tiny_model
 
 from specdec.drafters.base import Drafter, DraftSampling, DraftSetup
 from specdec.drafters.draft_model import DraftModelDrafter
@@ -18,6 +17,7 @@ from specdec.drafters.suffix_automaton import SuffixAutomaton
 from specdec.errors import SpecDecError, VocabularyMismatchError
 from specdec.noise import Noise
 from specdec.types import Budget, Committed, Draft, Law
+from tests.support_models import VOCABULARY, prompts, tiny_model
 
 CORPUS = prompts((60, 80), seed=9)
 MODEL = tiny_model()

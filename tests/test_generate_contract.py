@@ -164,7 +164,8 @@ def test_scores_of_finished_requests_are_zeros(generator: SpeculativeGenerator) 
     ends = {"eos_token_id": [5, 8, 13, 21, 34, 55], "return_dict_in_generate": True, "output_scores": True}
     theirs, mine = _both(generator, **ends)
     new = mine.sequences[:, INPUTS["input_ids"].shape[1] :]
-    ended = (torch.isin(new, torch.tensor(ends["eos_token_id"])).long().cumsum(1) - 1).clamp(min=0) + (new == 0) > 0
+    is_end = torch.isin(new, torch.tensor(ends["eos_token_id"])).long()
+    ended = is_end.cumsum(1) - is_end > 0
     assert ended.any()
     assert len(mine.scores) == len(theirs.scores) == new.shape[1]
     for step, (ours, hf) in enumerate(zip(mine.scores, theirs.scores, strict=True)):

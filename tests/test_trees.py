@@ -40,7 +40,7 @@ def _candidates(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     for p in parents:
         step = -float(torch.randint(0, 4, (1,), generator=generator))
         scores.append(step + (scores[p] if p >= 0 else 0.0))
-    tokens = torch.randint(0, 50, (7,), generator=generator)
+    tokens = torch.randperm(50, generator=generator)[:7]
     return tokens[None], torch.tensor([parents]), torch.tensor([scores])
 
 
