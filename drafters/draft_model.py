@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from specdec.drafters.base import DraftSetup
 from specdec.drafters.expansion import Expansion
 from specdec.errors import SpecDecError, VocabularyMismatchError
-from specdec.kernels.rows import Rows
 from specdec.linear import cpu_has_fast_bf16
 from specdec.noise import Stream
+from specdec.rows import next_rows
 from specdec.runner import ModelRunner, RunnerOptions
 from specdec.trees.chain import chain_tree
+from specdec.trees.layout import chain_parents
 from specdec.types import Budget, Committed, Draft, Law, TokenTree
 from specdec.verify.chooser import NoiseChooser
 from specdec.verify.coupled import coupled_pick
@@ -57,6 +58,7 @@ class DraftModelDrafter:
         self._setup = setup
         self._texts = [list(prompt) for prompt in prompts]
         self._order = list(range(len(prompts)))
+        self._line = chain_parents(len(prompts), setup.capacity, setup.device)
         self.runner.begin(len(prompts), setup.capacity)
         self.runner.prefill([prompt[:-1] for prompt in prompts])
 
@@ -64,13 +66,13 @@ class DraftModelDrafter:
         """A chain or tree for budget.requests; see `Drafter.propose`."""
         self._arrange(budget.requests)
         depth = self._depth(budget)
-        roots = torch.tensor([[self._texts[r][-1]] for r in budget.requests], device=self.runner.device)
         if depth == 0:
-            return Draft(chain_tree(roots[:, 0], roots[:, :0], (0,) * len(budget.requests)), self._law)
-        logits = self._catch_up(budget.requests)
+            roots = torch.tensor([[self._texts[r][-1]] for r in budget.requests], device=self.runner.device)
+            return Draft(chain_tree(roots, (), (0,) * len(budget.requests), self._line), self._law)
+        roots, logits = self._catch_up(budget.requests)
         if self.shape == "tree":
             return Draft(self._grow(roots[:, 0], logits, budget, depth), Law.DETERMINISTIC)
-        return self._chain(roots[:, 0], logits, budget, depth)
+        return self._chain(roots, logits, budget, depth)
 
     def commit(self, committed: Committed) -> None:
         """Take in what the round added to the text."""
@@ -89,19 +91,17 @@ class DraftModelDrafter:
 
     def _depth(self, budget: Budget) -> int:
         """How deep the deepest request drafts; none where the text would leave the draft model's positions."""
-        depth = max(min(n, d) for n, d in zip(budget.nodes, budget.depth, strict=True))
+        depth = max(map(min, budget.nodes, budget.depth))
         limit = self.runner.max_positions
-        longest = max(len(self._texts[r]) for r in budget.requests)
+        longest = max([len(self._texts[r]) for r in budget.requests])
         return depth if limit is None or longest + depth <= limit else 0
 
-    def _catch_up(self, requests: Sequence[int]) -> Tensor:
-        """Take in the tokens committed since the last forward; [B, V] logits for the token after them."""
+    def _catch_up(self, requests: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Take in the tokens committed since the last forward; the last of them [B, 1], and [B, V] logits behind it."""
         cache = self.runner.cache
         cache.lengths = [min(n, len(self._texts[r]) - 1) for n, r in zip(cache.lengths, requests, strict=True)]
         pending = [self._texts[r][n:] for n, r in zip(cache.lengths, requests, strict=True)]
-        logits = self.runner.extend(pending)
-        assert logits is not None
-        return logits
+        return self.runner.extend(pending)
 
     def _chain(self, roots: Tensor, logits: Tensor, budget: Budget, depth: int) -> Draft:
         """Draw one token after the other, each from the law given the ones before it."""
@@ -111,43 +111,35 @@ class DraftModelDrafter:
         laws: list[Tensor] = []
         for step in range(depth):
             if step:
-                logits = self.runner.forward(self._next_rows(lengths, step - 1, drafted[-1]))[0]
+                logits = self.runner.forward(next_rows(self.runner.cache, step - 1, drafted[-1]))[0]
             if budget.stop is not None and budget.stop(float(logits.float().softmax(-1).amax(-1).max())):
                 break
             token, q = draw(logits, drafted)
             drafted.append(token)
             laws.append(q)
-        counts = tuple(min(n, d, len(drafted)) for n, d in zip(budget.nodes, budget.depth, strict=True))
-        tokens = torch.stack(drafted, 1) if drafted else roots[:, None][:, :0]
-        tree = chain_tree(roots, tokens, counts)
+        counts = tuple([min(n, d, len(drafted)) for n, d in zip(budget.nodes, budget.depth, strict=True)])
+        tree = chain_tree(roots, drafted, counts, self._line)
         if self._law is not Law.INDEPENDENT:
             return Draft(tree, self._law)
         laws.append(torch.zeros_like(laws[0]))
         return Draft(tree, self._law, torch.stack(laws, 1)[:, : tree.tokens.shape[1]])
 
     def _draws(self, slots: tuple[int, ...], lengths: tuple[int, ...]) -> Callable[[Tensor, list[Tensor]], tuple[Tensor, Tensor]]:
-        """How the next token is drawn in this round: (logits [B, V], tokens so far) to (token [B], its law [B, V])."""
+        """How the next token is drawn in this round: (logits [B, V], tokens so far) to (token [B, 1], its law [B, V])."""
         sampling = self._setup.sampling
         if sampling is None or self._law is Law.DETERMINISTIC:
-            return lambda logits, drafted: (logits.argmax(-1), logits)
+            return lambda logits, drafted: (logits.argmax(-1, keepdim=True), logits)
         requests, starts = torch.tensor([slots, lengths], device=self.runner.device)
         chooser = NoiseChooser(sampling.noise, requests, starts, Stream.DRAFT)
 
         def draw(logits: Tensor, drafted: list[Tensor]) -> tuple[Tensor, Tensor]:
             processed = sampling.process(logits, lambda: _paths(slots, drafted))
             if self._law is Law.COUPLED:
-                return coupled_pick(sampling.noise, requests, starts + len(drafted), processed), processed
+                return coupled_pick(sampling.noise, requests, starts + len(drafted), processed)[:, None], processed
             q = processed.softmax(-1)
-            return chooser.pick(q), q
+            return chooser.pick(q)[:, None], q
 
         return draw
-
-    def _next_rows(self, lengths: tuple[int, ...], step: int, tokens: Tensor) -> Rows:
-        """One row a request, `step` slots behind the committed ones: a chain sees all that is before it."""
-        base = tuple(n + step for n in lengths)
-        slots = torch.tensor(base, device=tokens.device)
-        self.runner.cache.ensure(max(base) + 1)
-        return Rows(base, (1,) * len(base), tokens[None], slots[None], slots, base)
 
     def _grow(self, roots: Tensor, logits: Tensor, budget: Budget, depth: int) -> TokenTree:
         """Expand the most likely nodes of each level, then keep the most likely of all."""
@@ -161,7 +153,7 @@ class DraftModelDrafter:
 
 
 def _paths(slots: tuple[int, ...], drafted: list[Tensor]) -> list[tuple[int, tuple[int, ...]]]:
-    rows = torch.stack(drafted, 1).tolist() if drafted else [[] for _ in slots]
+    rows = torch.cat(drafted, 1).tolist() if drafted else [[] for _ in slots]
     return [(slot, tuple(row)) for slot, row in zip(slots, rows, strict=True)]
 
 

@@ -37,7 +37,7 @@ class AttentionContext:
         self._seen: dict[int | None, Tensor] = {}
         self._span = min(-(-rows.span // tile) * tile, layers[0][0].shape[2])
         self._single = len(rows.sizes) == 1
-        self._index = None if rows.uniform else padded_index(rows)
+        self._index = None if rows.uniform else padded_index(rows.sizes, rows.slots.device)
         self._row_of = None if self._single else request_of_row(rows)
 
     def attend(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import add
 
 import torch
 from torch import Tensor
@@ -31,7 +33,8 @@ class Rows:
     @property
     def span(self) -> int:
         """Slots that an attention over these rows has to view."""
-        return max(base + size for base, size in zip(self.base, self.sizes, strict=True))
+        span: int = max(map(add, self.base, self.sizes))
+        return span
 
     @property
     def uniform(self) -> bool:
@@ -46,12 +49,12 @@ def request_of_row(rows: Rows) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(rows.sizes), device=device), sizes, output_size=sum(rows.sizes))
 
 
-def padded_index(rows: Rows) -> Tensor:
+def padded_index(sizes: Sequence[int], device: torch.device) -> Tensor:
     """[B, N] int64: the packed row of node n of request b; padding repeats the request's first row."""
-    widest, last = max(rows.sizes), sum(rows.sizes) - 1
-    starts = [min(sum(rows.sizes[:b]), last) for b in range(len(rows.sizes))]
-    table = [[start + (n if n < size else 0) for n in range(widest)] for start, size in zip(starts, rows.sizes, strict=True)]
-    return torch.tensor(table, device=rows.slots.device)
+    widest, last = max(sizes), sum(sizes) - 1
+    starts = [min(sum(sizes[:b]), last) for b in range(len(sizes))]
+    table = [[start + (n if n < size else 0) for n in range(widest)] for start, size in zip(starts, sizes, strict=True)]
+    return torch.tensor(table, device=device)
 
 
 def _chain_tree(rows: Rows) -> tuple[Tensor, Tensor]:
@@ -79,6 +82,6 @@ def visible(rows: Rows, span: int, window: int | None = None) -> Tensor:
     if window is not None:
         assert offsets is not None, "a tree of rows needs its slots' positions for a sliding window"
         key_positions = torch.where(behind, slots.expand(batch, -1), lengths + offsets.gather(1, inside))
-        positions = rows.positions[0][padded_index(rows)]
+        positions = rows.positions[0][padded_index(rows.sizes, device)]
         seen = seen & (positions[:, :, None] - key_positions[:, None] < window)
     return seen

@@ -38,6 +38,7 @@ class KVCache:
 
     Rows are requests in the order of the round. Tree nodes are written behind the committed slots and moved or forgotten
     by `commit`. layers[i]: the pair (K, V), [B, H, S, D] each, views of one [L, 2, B, H, S, D] tensor per group.
+    slots: [S] int64, 0 to S - 1, on the first layer's device.
     """
 
     def __init__(self, specs: Sequence[LayerSpec], num_requests: int, capacity: int) -> None:
@@ -52,6 +53,7 @@ class KVCache:
             shape = (count, 2, num_requests, heads, self.capacity, width)
             self._groups.append(torch.zeros(shape, dtype=dtype, device=device))
         self.layers = self._views()
+        self.slots = torch.arange(self.capacity, device=self.specs[0].device)
 
     def _views(self) -> list[tuple[Tensor, Tensor]]:
         keys = list(dict.fromkeys(spec.group for spec in self.specs))
@@ -79,6 +81,7 @@ class KVCache:
             new[..., : old.shape[4], :] = old
             self._groups[i] = new
         self.layers = self._views()
+        self.slots = torch.arange(self.capacity, device=self.slots.device)
 
     def arrange(self, order: Sequence[int]) -> None:
         """Keep these rows, in this order; nothing moves when the order is the present one."""

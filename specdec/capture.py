@@ -92,7 +92,8 @@ class _Recorder(TorchFunctionMode):
     def _constant(self, value: Any) -> str:
         """A name under which the written function finds this object."""
         name = f"c{id(value)}"
-        self.constants[name] = value
+        self._alive.append(value)
+        self.constants[name] = value.detach() if isinstance(value, Tensor) else value
         return name
 
     def _call(self, args: Sequence[Any], kwargs: dict[str, Any]) -> str:

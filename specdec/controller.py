@@ -49,24 +49,26 @@ class Controller:
         self.target, self.drafter, self.rule, self.planner = target, drafter, rule, planner
         self.noise, self.process = noise, process
         nothing = torch.zeros(0, dtype=torch.long, device=target.device)
+        self._runners: list[ModelRunner] = [target, *filter(None, [getattr(drafter, "runner", None)])]
         self._idle = NoiseChooser(noise, nothing, nothing, Stream.ACCEPT)
 
     def step(self, load: Load, last_tokens: Sequence[int]) -> Step:
         """One round for load.requests, which are the cache's rows in order; last_tokens[i] is node 0 of row i."""
-        clock = _Clock(self._forward_s())
+        began, forward_s = perf_counter(), self._forward_s()
         budget = self.planner.plan(load)
         draft = self.planner.select(self._propose(budget, last_tokens))
-        clock.lap("draft")
+        drafted = perf_counter()
         raw = self.target.score(draft.tree)
-        clock.lap("target")
+        scored = perf_counter()
         scores = self._processed(raw, draft.tree, load.requests)
         verdict = self.rule.verify(draft, scores, self._chooser(load))
         committed, paths = on_host(verdict, draft.tree, load.requests, raw)
-        clock.lap("verify")
+        verified = perf_counter()
         self.target.commit(paths)
         if self.drafter is not None:
             self.drafter.commit(committed)
-        stats = clock.stats(draft, committed, self._forward_s())
+        marks = (began, drafted, scored, verified, perf_counter())
+        stats = _round_stats(draft, committed, marks, self._forward_s() - forward_s)
         self.planner.observe(stats)
         return Step(committed, paths, stats, scores, raw)
 
@@ -92,36 +94,24 @@ class Controller:
         return NoiseChooser(self.noise, requests, starts, Stream.ACCEPT)
 
     def _forward_s(self) -> float:
-        return self.target.forward_s + getattr(getattr(self.drafter, "runner", None), "forward_s", 0.0)
+        return sum(runner.forward_s for runner in self._runners)
 
 
-class _Clock:
-    """Seconds by phase of one round."""
-
-    def __init__(self, forward_s: float) -> None:
-        self._last = perf_counter()
-        self._forward_s = forward_s
-        self._laps: dict[str, float] = {}
-
-    def lap(self, phase: str) -> None:
-        now = perf_counter()
-        self._laps[phase] = now - self._last
-        self._last = now
-
-    def stats(self, draft: Draft, committed: Committed, forward_s: float) -> RoundStats:
-        self.lap("other")
-        sizes = draft.tree.num_nodes
-        return RoundStats(
-            requests=committed.requests,
-            drafted=tuple(n - 1 for n in sizes),
-            accepted=committed.num_accepted,
-            num_rows=sum(sizes),
-            draft_s=self._laps["draft"],
-            target_s=self._laps["target"],
-            verify_s=self._laps["verify"],
-            other_s=self._laps["other"],
-            forward_s=forward_s - self._forward_s,
-        )
+def _round_stats(draft: Draft, committed: Committed, marks: tuple[float, ...], forward_s: float) -> RoundStats:
+    """marks: the times at which drafting began and each phase ended."""
+    began, drafted, scored, verified, ended = marks
+    sizes = draft.tree.num_nodes
+    return RoundStats(
+        requests=committed.requests,
+        drafted=tuple([n - 1 for n in sizes]),
+        accepted=committed.num_accepted,
+        num_rows=sum(sizes),
+        draft_s=drafted - began,
+        target_s=scored - drafted,
+        verify_s=verified - scored,
+        other_s=ended - verified,
+        forward_s=forward_s,
+    )
 
 
 def root_tree(tokens: Sequence[int], device: torch.device) -> TokenTree:
@@ -150,15 +140,20 @@ def on_host(
 
     Raises NonFiniteLogitsError where a token would have been chosen from a row with NaN; nothing is committed then.
     """
-    heads = torch.stack((verdict.num_accepted, verdict.next_token, verdict.finite.long()), 1)
-    depth = verdict.path.shape[1]
-    rows = torch.cat((heads, verdict.path, tree.tokens.gather(1, verdict.path)), 1).tolist() if depth else heads.tolist()
-    bad = [request for request, row in zip(requests, rows, strict=True) if not row[2]]
+    heads = verdict.num_accepted[:, None], verdict.next_token[:, None]
+    if verdict.path is None:
+        rows = torch.cat((*heads, tree.tokens[:, 1:]), 1).tolist()
+    else:
+        rows = torch.cat((*heads, tree.tokens.gather(1, verdict.path), verdict.path), 1).tolist()
+    counts, tokens, paths, bad = [], [], [], []
+    for request, (count, token, *rest) in zip(requests, rows, strict=True):
+        counts.append(count)
+        tokens.append((*rest[:count], token))
+        paths.append(tuple(range(1, count + 1) if verdict.path is None else rest[len(rest) // 2 :][:count]))
+        if token < 0:
+            bad.append(request)
     if bad:
         raise NonFiniteLogitsError(
             f"the target's logits are NaN for request(s) {bad}; check the weights and dtype, or pass remove_invalid_values=True"
         )
-    counts = tuple(row[0] for row in rows)
-    tokens = tuple((*row[3 + depth : 3 + depth + n], row[1]) for n, row in zip(counts, rows, strict=True))
-    paths = tuple(tuple(row[3 : 3 + n]) for n, row in zip(counts, rows, strict=True))
-    return Committed(requests, tokens, verdict.path, counts, scores.taps), paths
+    return Committed(requests, tuple(tokens), tuple(counts), verdict.path, scores.taps), tuple(paths)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from time import perf_counter
 
 import torch
@@ -128,12 +128,14 @@ class _Run:
         began = perf_counter()
         controller = self.engine.controller(self.call)
         self.engine.runner.cache.arrange(self.active)
-        self.stats.prefill_s = perf_counter() - began
+        ended = perf_counter()
+        self.stats.prefill_s = ended - began
         while self.active:
-            began = perf_counter()
+            began = ended
             step = controller.step(self._load(), [self._last(i) for i in self.active])
             self._take(step)
-            self._record(step, perf_counter() - began)
+            ended = perf_counter()
+            self.stats.add(step.stats, ended - began)
         return Result(
             tuple(map(tuple, self.tokens)),
             tuple(map(tuple, self.scores)) if self.call.keep_scores else None,
@@ -143,8 +145,8 @@ class _Run:
 
     def _load(self) -> Load:
         prompts, room = self.call.prompts, self.call.stopping.room
-        lengths = tuple(len(prompts[i]) + len(self.tokens[i]) for i in self.active)
-        return Load(tuple(self.active), lengths, tuple(room(i) for i in self.active))
+        lengths = tuple([len(prompts[i]) + len(self.tokens[i]) for i in self.active])
+        return Load(tuple(self.active), lengths, tuple([room(i) for i in self.active]))
 
     def _last(self, request: int) -> int:
         own = self.tokens[request]
@@ -158,7 +160,8 @@ class _Run:
             tokens = new[:kept]
             self.tokens[request].extend(tokens)
             self.call.processing.commit(request, tokens)
-            self._keep_rows(step, row, request, kept)
+            if self.call.keep_scores or self.call.keep_logits:
+                self._keep_rows(step, row, request, kept)
             if self.call.emit is not None and tokens:
                 self.call.emit(request, tokens)
             if not finished:
@@ -173,8 +176,3 @@ class _Run:
             self.scores[request].extend(step.scores.logits[row, n].float() for n in nodes)
         if self.call.keep_logits:
             self.logits[request].extend(step.raw.logits[row, n].float() for n in nodes)
-
-    def _record(self, step: Step, elapsed: float) -> None:
-        known = step.stats
-        other = max(0.0, elapsed - known.draft_s - known.target_s - known.verify_s)
-        self.stats.add(replace(known, other_s=other))

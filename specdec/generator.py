@@ -23,6 +23,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from specdec.drafters.base import Drafter
 from specdec.drafters.draft_model import DraftModelDrafter
+from specdec.drafters.registry import make_drafter
 from specdec.engine import Call, Engine, Result
 from specdec.errors import InvalidRequestError, SpecDecError, UnsupportedModelError
 from specdec.loading import load_model, load_tokenizer
@@ -31,6 +32,7 @@ from specdec.noise import Noise
 from specdec.planner import FixedPlanner, Planner
 from specdec.processing import Processing
 from specdec.request import check_arguments, check_config, check_lengths, check_model_kwargs, check_prompts, prompts_of
+from specdec.runner import RunnerOptions
 from specdec.stopping import Stopping
 from specdec.streaming import StepStream
 
@@ -71,11 +73,13 @@ class SpeculativeGenerator:
         verifier: str = "auto",
         planner: Planner | int | None = None,
         seed: int | None = None,
+        options: RunnerOptions | None = None,
     ) -> None:
         """drafter: a model, a checkpoint's path, "prompt-lookup", "suffix", a Drafter, or None for plain decoding.
 
         tokenizer: used for stop strings.  verifier: a rule's name.  planner: a Planner, or how many tokens to draft
-        each round.  seed: makes sampling repeat; without one torch's global generator governs.
+        each round.  seed: makes sampling repeat; without one torch's global generator governs.  options: how the target's
+        forwards are run, each fast way can be forced off there.
         Raises a SpecDecError when target, drafter and rule do not fit together.
         """
         if getattr(getattr(target, "config", None), "is_encoder_decoder", False):
@@ -83,7 +87,7 @@ class SpeculativeGenerator:
         if not callable(getattr(target, "generate", None)):
             raise UnsupportedModelError(f"{type(target).__name__} has no generate(); a transformers causal LM is needed")
         self.target, self.tokenizer, self.seed = target, tokenizer, _checked_seed(seed)
-        self.engine = Engine(target, as_drafter(drafter, target), verifier, _as_planner(planner))
+        self.engine = Engine(target, as_drafter(drafter, target), verifier, _as_planner(planner), options)
         self.stats: SpeculationStats | None = None
 
     @classmethod
@@ -98,6 +102,7 @@ class SpeculativeGenerator:
         verifier: str = "auto",
         planner: Planner | int | None = None,
         seed: int | None = None,
+        options: RunnerOptions | None = None,
         **kwargs: Any,
     ) -> SpeculativeGenerator:
         """A generator from checkpoints, safetensors only. dtype: None keeps the checkpoint's own.
@@ -109,7 +114,7 @@ class SpeculativeGenerator:
         if tokenizer is None:
             where = {k: v for k, v in kwargs.items() if k in ("local_files_only", "revision", "cache_dir", "token")}
             tokenizer = load_tokenizer(target, **where)
-        return cls(model, drafter, tokenizer=tokenizer, verifier=verifier, planner=planner, seed=seed)
+        return cls(model, drafter, tokenizer=tokenizer, verifier=verifier, planner=planner, seed=seed, options=options)
 
     def generate(
         self,
@@ -231,8 +236,6 @@ def as_drafter(drafter: Drafter | nn.Module | str | Path | None, target: nn.Modu
     if drafter is None:
         return None
     if isinstance(drafter, str) and drafter in _LOOKUPS:
-        from specdec.drafters.registry import make_drafter
-
         return make_drafter(drafter)
     if isinstance(drafter, (str, Path)):
         drafter = load_model(drafter, device=next(target.parameters()).device)

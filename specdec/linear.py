@@ -17,7 +17,8 @@ _PACKABLE = (torch.float32, torch.bfloat16, torch.float16)
 
 # PyTorch's fp32 product on weights as [out, in] is fastest for 2 and 3 rows, and gives a row the same bits for both. Groups of
 # that size therefore make a token's logits independent of how many rows are scored with it, so that plain and speculative
-# decoding agree bit for bit in half precision too. One row alone takes another kernel, so it is doubled.
+# decoding agree bit for bit in half precision too. One row alone takes another kernel, so it is doubled (the runner, which
+# knows when it comes, gives two in the first place).
 _GROUP = 3
 _GROUPED_ROWS = 8
 
@@ -59,6 +60,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out], in the dtype of x."""
+        if x.dim() == 3 and x.shape[0] == 1 and 1 < x.shape[1] <= _GROUP:
+            return self._few(x.float()).to(x.dtype)
         rows = x.float().reshape(-1, x.shape[-1])
         if rows.shape[0] <= self._grouped_rows:
             out = self._grouped(rows)
@@ -67,7 +70,7 @@ class PackedLinear(nn.Module):
         return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def _few(self, rows: Tensor) -> Tensor:
-        """Up to 3 rows, on weights as [out, in]."""
+        """Up to 3 rows [..., R, in], on weights as [out, in]."""
         if self._rows_first is None:
             self._rows_first = self.source.weight.detach().float()
         return nn.functional.linear(rows, self._rows_first, self._bias)

@@ -155,27 +155,31 @@ class _Tally:
 
 
 class StatsCollector:
-    """Sums up rounds. prefill_s is set by who prefills."""
+    """Keeps the rounds of a call and sums them up at its end. prefill_s is set by who prefills."""
 
     def __init__(self, requests: int) -> None:
         """requests: how many the call has."""
-        self._tallies = [_Tally() for _ in range(requests)]
-        self._rounds = 0
-        self._num_rows = 0
-        self._forward_s = 0.0
+        self._requests = requests
+        self._rounds: list[tuple[RoundStats, float]] = []
         self.prefill_s = 0.0
 
-    def add(self, stats: RoundStats) -> None:
-        """Take in a round; its requests share its times evenly."""
-        self._rounds += 1
-        self._num_rows += stats.num_rows
-        self._forward_s += stats.forward_s
-        share = len(stats.requests)
-        seconds = [s / share for s in (stats.draft_s, stats.target_s, stats.verify_s, stats.other_s)]
-        for request, drafted, accepted in zip(stats.requests, stats.drafted, stats.accepted, strict=True):
-            self._tallies[request].add(drafted, accepted, seconds)
+    def add(self, stats: RoundStats, elapsed: float) -> None:
+        """Take in a round. elapsed: seconds since the end of the round before, this round and all."""
+        self._rounds.append((stats, elapsed))
 
     def stats(self) -> SpeculationStats:
-        """What the rounds so far did."""
-        requests = tuple(tally.stats() for tally in self._tallies)
-        return SpeculationStats(requests, self._rounds, self._num_rows, self.prefill_s, self._forward_s)
+        """What the rounds so far did; the requests of a round share its times evenly."""
+        tallies = [_Tally() for _ in range(self._requests)]
+        for stats, elapsed in self._rounds:
+            share = len(stats.requests)
+            other = elapsed - stats.draft_s - stats.target_s - stats.verify_s
+            seconds = [s / share for s in (stats.draft_s, stats.target_s, stats.verify_s, other)]
+            for request, drafted, accepted in zip(stats.requests, stats.drafted, stats.accepted, strict=True):
+                tallies[request].add(drafted, accepted, seconds)
+        return SpeculationStats(
+            requests=tuple(tally.stats() for tally in tallies),
+            rounds=len(self._rounds),
+            num_rows=sum(stats.num_rows for stats, _ in self._rounds),
+            prefill_s=self.prefill_s,
+            forward_s=sum(stats.forward_s for stats, _ in self._rounds),
+        )

@@ -50,8 +50,8 @@ class FixedPlanner:
 
     def plan(self, load: Load) -> Budget:
         """The fixed budget; a request with room for r more tokens drafts at most r - 1 deep."""
-        depth = tuple(max(0, min(self.depth, room - 1)) for room in load.room)
-        nodes = tuple(self.nodes if d else 0 for d in depth)
+        depth = tuple([max(0, min(self.depth, room - 1)) for room in load.room])
+        nodes = tuple([self.nodes if d else 0 for d in depth])
         return Budget(load.requests, nodes, depth, (self.width,) * len(depth))
 
     def select(self, draft: Draft) -> Draft:

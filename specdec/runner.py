@@ -17,7 +17,7 @@ from specdec.errors import UnsupportedModelError
 from specdec.kernels.dispatch import SLOT_TILE, AttentionContext, Backend
 from specdec.kernels.rows import Rows, padded_index
 from specdec.linear import pack_linears, packable
-from specdec.rows import chain_rows, tree_rows
+from specdec.rows import chain_rows, doubled_row, tree_rows
 from specdec.taps import TapReader
 from specdec.twin import Twin
 from specdec.types import Scores, TokenTree
@@ -79,6 +79,7 @@ class ModelRunner:
         self.vocabulary: int = text.vocab_size
         self.max_positions: int | None = getattr(text, "max_position_embeddings", None)
         self._packed = self._pack()
+        self._doubles = bool(self._packed) and self.options.row_invariant
         self._taps = TapReader(self.twin.model, tuple(taps))
         self.specs = self._probe(text.num_hidden_layers)
         self.cache = KVCache(self.specs, 0, 0)
@@ -142,39 +143,38 @@ class ModelRunner:
                 part = text[done[b] : done[b] + room]
                 room -= len(part)
                 taken.append(part)
-            self.extend(taken, logits=False)
+            rows = chain_rows(self.cache, taken)
+            self._eager(rows.tokens, rows.positions, self._context(rows), logits_to_keep=1)
+            self._lengthen(rows)
             done = [d + len(part) for d, part in zip(done, taken, strict=True)]
 
-    def extend(self, texts: Sequence[Sequence[int]], *, logits: bool = True) -> Tensor | None:
-        """Append committed tokens to every row. Returns the logits [B, V] behind each row's last new token, if asked.
+    def extend(self, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Append one committed token or more to every row. Returns each row's last token [B, 1] and the logits behind it [B, V]."""
+        rows = chain_rows(self.cache, texts)
+        logits = self.forward(rows)[0]
+        self._lengthen(rows)
+        if len(rows.sizes) == 1:
+            return rows.tokens[:, -1:], logits[-1:]
+        ends = torch.tensor(rows.sizes, device=self.device).cumsum(0) - 1
+        return rows.tokens[0].index_select(0, ends)[:, None], logits.index_select(0, ends)
 
-        A row may get no token only when no logits are asked for.
-        """
-        rows = chain_rows(self.cache.lengths, texts, self.device)
-        self.cache.ensure(rows.span)
-        if logits:
-            out = _last_of_each(self.forward(rows)[0], rows.sizes)
-        else:
-            out = None
-            self._eager(rows.tokens, rows.positions, self._context(rows), logits_to_keep=1)
-        self.cache.lengths = [n + len(text) for n, text in zip(self.cache.lengths, texts, strict=True)]
-        return out
+    def _lengthen(self, rows: Rows) -> None:
+        self.cache.lengths = [n + size for n, size in zip(rows.base, rows.sizes, strict=True)]
 
     def score(self, tree: TokenTree) -> Scores:
         """Target logits at every node of every request's tree, in one forward over the live nodes."""
-        rows = tree_rows(self.cache.lengths, tree)
-        self.cache.ensure(rows.span)
-        logits, *taps = self.forward(rows)
-        if len(tree.num_nodes) == 1:
-            return Scores(logits[None], {k: v[None] for k, v in zip(self._taps.names, taps, strict=True)})
-        index = padded_index(rows)
-        return Scores(logits[index], {k: v[index] for k, v in zip(self._taps.names, taps, strict=True)})
+        if self._doubles and tree.num_nodes == (1,):
+            logits, *taps = (x[:1] for x in self.forward(doubled_row(self.cache, tree.tokens[:, :1])))
+        else:
+            logits, *taps = self.forward(tree_rows(self.cache, tree))
+        index = None if len(tree.num_nodes) == 1 else padded_index(tree.num_nodes, self.device)
+        named = {name: tap[index] for name, tap in zip(self._taps.names, taps, strict=True)} if taps else {}
+        return Scores(logits[index], named)
 
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
         """Keep node 0 and the accepted path of every row; see `KVCache.commit`."""
         self.cache.commit(paths)
 
-    @torch.no_grad()
     def forward(self, rows: Rows) -> tuple[Tensor, ...]:
         """Logits [R, V] of the rows in the model's dtype, then each tap [R, H]. K and V are written, lengths stay."""
         began = perf_counter()
@@ -213,14 +213,6 @@ class ModelRunner:
         self._no_capture = result
         self._captured.clear()
         logger.warning("specdec runs %s without capture: %s", type(self.twin.model).__name__, result)
-
-
-def _last_of_each(logits: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """[B, V]: the row of each request's last token, from [R, V]."""
-    if len(sizes) == 1:
-        return logits[-1:]
-    ends = torch.tensor(sizes, device=logits.device).cumsum(0) - 1
-    return logits.index_select(0, ends)
 
 
 def _both_nan(expected: tuple[Tensor, ...], again: tuple[Tensor, ...]) -> bool:

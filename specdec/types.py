@@ -68,15 +68,14 @@ class Scores:
 class Verdict:
     """What a rule decided, on the device.
 
-    path: [B, D] int64, the accepted nodes in order of depth, root excluded, then padding (0).
-    num_accepted: [B] int64.  next_token: [B] int64, the recovered or bonus token.
-    finite: [B] bool, False where the row that next_token came from holds NaN.
+    num_accepted: [B] int64.  path: [B, D] int64, the accepted nodes in order of depth, root excluded, then padding; None
+    for chains, where it is 1, 2, ... num_accepted.
+    next_token: [B] int64, the recovered or bonus token; -1 where the row that it would come from holds NaN.
     """
 
-    path: Tensor
     num_accepted: Tensor
     next_token: Tensor
-    finite: Tensor
+    path: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +83,14 @@ class Committed:
     """What a round added to the text, on the host, after the round's one synchronisation.
 
     requests: B slots.  tokens[i]: the accepted tokens and then the next token of requests[i].
-    path: [B, D] int64 on the device, and num_accepted: B host integers, as in `Verdict`.
+    num_accepted: B host integers.  path: on the device, as in `Verdict`.
     taps: name -> [B, N, H], hidden states of the scored nodes.
     """
 
     requests: tuple[int, ...]
     tokens: tuple[tuple[int, ...], ...]
-    path: Tensor
     num_accepted: tuple[int, ...]
+    path: Tensor | None = None
     taps: Mapping[str, Tensor] = field(default_factory=dict)
 
 

@@ -142,6 +142,7 @@ def extend(contexts: list[tuple[int, ...]], tree: TokenTree, verdict: Verdict) -
     """The texts after a verdict."""
     out = []
     for b, context in enumerate(contexts):
-        nodes = verdict.path[b, : int(verdict.num_accepted[b])].tolist()
+        count = int(verdict.num_accepted[b])
+        nodes = list(range(1, count + 1)) if verdict.path is None else verdict.path[b, :count].tolist()
         out.append((*context, *(int(tree.tokens[b, n]) for n in nodes), int(verdict.next_token[b])))
     return out

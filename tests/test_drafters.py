@@ -42,8 +42,7 @@ def _budget(requests: tuple[int, ...], nodes: int = 6) -> Budget:
 def _commit(drafter: Drafter, texts: list[list[int]], requests: tuple[int, ...], tokens: list[list[int]]) -> None:
     for request, new in zip(requests, tokens, strict=True):
         texts[request].extend(new)
-    path = torch.zeros(len(requests), 0, dtype=torch.long)
-    drafter.commit(Committed(requests, tuple(map(tuple, tokens)), path, tuple(len(t) - 1 for t in tokens)))
+    drafter.commit(Committed(requests, tuple(map(tuple, tokens)), tuple(len(t) - 1 for t in tokens)))
 
 
 def _assert_same(a: Draft, b: Draft) -> None:

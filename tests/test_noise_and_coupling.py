@@ -110,13 +110,14 @@ def _walk(noise: Noise, tree: TokenTree, logits: torch.Tensor, requests: torch.T
     """Decode one token at a time at the nodes that the verdict went through, and compare."""
     batch = len(requests)
     node = torch.zeros(batch, dtype=torch.long)
+    path = tree.parents[:, 1:] + 1 if verdict.path is None else verdict.path
     for step in range(int(verdict.num_accepted.max()) + 1):
         rows = logits[torch.arange(batch), node]
         plain = coupled_pick(noise, requests, starts + step, rows)
         ended = verdict.num_accepted == step
         assert torch.equal(plain[ended], verdict.next_token[ended])
         going = verdict.num_accepted > step
-        following = verdict.path[:, min(step, verdict.path.shape[1] - 1)]
+        following = path[:, min(step, path.shape[1] - 1)]
         assert torch.equal(tree.tokens[torch.arange(batch), following][going], plain[going])
         assert torch.equal(tree.parents[torch.arange(batch), following][going], node[going])
         node = torch.where(going, following, node)

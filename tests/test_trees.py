@@ -10,7 +10,7 @@ import torch
 from specdec.kernels.reference import kv_compact, tree_attention
 from specdec.trees.chain import chain_tree
 from specdec.trees.host import tree_from_lists
-from specdec.trees.layout import ancestors, depths
+from specdec.trees.layout import ancestors, chain_parents, depths
 from specdec.trees.rerank import rerank
 
 
@@ -79,7 +79,8 @@ def test_rerank_with_different_counts() -> None:
 
 
 def test_chains_of_different_lengths_are_padded() -> None:
-    tree = chain_tree(torch.tensor([5, 6]), torch.tensor([[1, 2, 3], [4, 7, 8]]), (2, 1))
+    drafted = torch.tensor([[1, 2, 3], [4, 7, 8]]).split(1, 1)
+    tree = chain_tree(torch.tensor([[5], [6]]), drafted, (2, 1), chain_parents(3, 9, torch.device("cpu")))
     assert tree.tokens.tolist() == [[5, 1, 2], [6, 4, 0]]
     assert tree.parents.tolist() == [[-1, 0, 1], [-1, 0, 0]]
     assert tree.num_nodes == (3, 2)

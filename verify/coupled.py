@@ -32,5 +32,5 @@ class Coupled:
     def verify(self, draft: Draft, scores: Scores, chooser: Chooser) -> Verdict:
         """See `Rule.verify`; the token behind each node is the target's own draw at its position."""
         log_p = scores.logits.log_softmax(-1)
-        finite = ~log_p[..., 0].isnan()
-        return accept_matches(draft.tree, chooser.coupled(log_p, depths(draft.tree.parents)), finite)
+        chosen = chooser.coupled(log_p, depths(draft.tree.parents))
+        return accept_matches(draft.tree, chosen.masked_fill(log_p[..., 0].isnan(), -1))

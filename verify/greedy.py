@@ -22,4 +22,4 @@ class Greedy:
     def verify(self, draft: Draft, scores: Scores, chooser: Chooser) -> Verdict:
         """See `Rule.verify`; draws nothing."""
         best, chosen = scores.logits.max(-1)
-        return accept_matches(draft.tree, chosen, best == best)
+        return accept_matches(draft.tree, chosen.masked_fill_(best != best, -1))

@@ -33,10 +33,8 @@ class TokenRejection:
         full = count == torch.tensor([n - 1 for n in draft.tree.num_nodes], device=count.device)
         residual = (here - there).clamp(min=0).nan_to_num(nan=0.0)
         keep = full | (residual.sum(1) <= 0)
-        finite = ~here[:, 0].isnan()
         token = chooser.pick(torch.where(keep[:, None], here.nan_to_num(nan=0.0), residual))
-        path = torch.arange(1, p.shape[1], device=p.device).expand(p.shape[0], -1)
-        return Verdict(path, count, token, finite)
+        return Verdict(count, token.masked_fill(here[:, 0].isnan(), -1))
 
 
 def _law(draft: Draft, p: Tensor) -> Tensor:

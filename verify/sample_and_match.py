@@ -22,5 +22,5 @@ class SampleAndMatch:
     def verify(self, draft: Draft, scores: Scores, chooser: Chooser) -> Verdict:
         """See `Rule.verify`; one pick over all nodes."""
         p = scores.logits.softmax(-1)
-        finite = ~p[..., 0].isnan()
-        return accept_matches(draft.tree, chooser.pick(p.nan_to_num(nan=0.0)), finite)
+        chosen = chooser.pick(p.nan_to_num(nan=0.0))
+        return accept_matches(draft.tree, chosen.masked_fill(p[..., 0].isnan(), -1))

@@ -9,17 +9,15 @@ from specdec.trees.layout import ancestors
 from specdec.types import TokenTree, Verdict
 
 
-def accept_matches(tree: TokenTree, chosen: Tensor, finite: Tensor) -> Verdict:
+def accept_matches(tree: TokenTree, chosen: Tensor) -> Verdict:
     """Accept the longest path whose every token is what the target chose at its parent.
 
-    chosen: [B, N] int64, the target's token behind each node.  finite: [B, N] bool, its row held no NaN. At most one child
-    of a node can match when siblings differ; of equal siblings the first counts.
+    chosen: [B, N] int64, the target's token behind each node, -1 where its row held NaN. At most one child of a node can match
+    when siblings differ; of equal siblings the first counts.
     """
-    batch, nodes = tree.tokens.shape
-    if nodes == 1:
-        nothing = torch.zeros(batch, 0, dtype=torch.long, device=chosen.device)
-        return Verdict(nothing, torch.zeros_like(chosen[:, 0]), chosen[:, 0], finite[:, 0])
-    return _on_chain(tree, chosen, finite) if tree.is_chain else _on_tree(tree, chosen, finite)
+    if tree.tokens.shape[1] == 1:
+        return Verdict(torch.zeros_like(chosen[:, 0]), chosen[:, 0])
+    return _on_chain(tree, chosen) if tree.is_chain else _on_tree(tree, chosen)
 
 
 def _live(tree: TokenTree) -> Tensor | None:
@@ -31,18 +29,16 @@ def _live(tree: TokenTree) -> Tensor | None:
     return torch.arange(1, nodes, device=tree.tokens.device) < sizes
 
 
-def _on_chain(tree: TokenTree, chosen: Tensor, finite: Tensor) -> Verdict:
+def _on_chain(tree: TokenTree, chosen: Tensor) -> Verdict:
     match = tree.tokens[:, 1:] == chosen[:, :-1]
     live = _live(tree)
     if live is not None:
         match &= live
-    count = match.long().cumprod(1).sum(1)
-    path = torch.arange(1, tree.tokens.shape[1], device=chosen.device).expand_as(match)
-    last = count[:, None]
-    return Verdict(path, count, chosen.gather(1, last)[:, 0], finite.gather(1, last)[:, 0])
+    count = match.cumprod(1).sum(1, keepdim=True)
+    return Verdict(count[:, 0], chosen.gather(1, count)[:, 0])
 
 
-def _on_tree(tree: TokenTree, chosen: Tensor, finite: Tensor) -> Verdict:
+def _on_tree(tree: TokenTree, chosen: Tensor) -> Verdict:
     batch, nodes = tree.tokens.shape
     match = torch.ones(batch, nodes, dtype=torch.bool, device=chosen.device)
     match[:, 1:] = tree.tokens[:, 1:] == chosen.gather(1, tree.parents[:, 1:])
@@ -57,5 +53,4 @@ def _on_tree(tree: TokenTree, chosen: Tensor, finite: Tensor) -> Verdict:
     order = torch.where(on_path, depth, nodes)
     path = order.sort(dim=1, stable=True).indices[:, 1:]
     path = path * (torch.arange(nodes - 1, device=path.device) < count[:, None])
-    last = last[:, None]
-    return Verdict(path, count, chosen.gather(1, last)[:, 0], finite.gather(1, last)[:, 0])
+    return Verdict(count, chosen.gather(1, last[:, None])[:, 0], path)

@@ -1,0 +1,100 @@
+"""The benchmark's own parts: intervals, medians, and what counts as a rounding matter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from specdec.bench import speed
+from specdec.bench.margin import explain, first_difference
+from specdec.bench.timing import Sample, medians, ratio_interval, rotation
+from specdec.bundled import bundled_path
+from specdec.drafters.draft_model import DraftModelDrafter
+from specdec.generator import SpeculativeGenerator
+from specdec.planner import FixedPlanner
+from tests.support_models import prompts, tiny_model
+
+
+def _sample(prompt: int, repeat: int, seconds: float) -> Sample:
+    return Sample("a", prompt, "g", 10, seconds, 10, 0.0, 0.0, (), repeat)
+
+
+def test_the_median_run_of_each_prompt_counts() -> None:
+    samples = [_sample(0, 0, 3.0), _sample(0, 1, 1.0), _sample(0, 2, 2.0), _sample(1, 0, 5.0)]
+    assert [(s.prompt, s.seconds) for s in medians(samples)] == [(0, 2.0), (1, 5.0)]
+
+
+def test_a_ratio_is_of_rates_over_all_prompts() -> None:
+    seconds, tokens = {"a": [1.0, 3.0], "b": [2.0, 8.0]}, {"a": [10, 10], "b": [10, 10]}
+    ratio, low, high = ratio_interval(seconds, tokens, "a", "b")
+    assert ratio == pytest.approx(10 / 4)
+    assert (low, high) == (pytest.approx(2.0), pytest.approx(8 / 3))
+    assert ratio_interval(seconds, tokens, "b", "b") == (1.0, 1.0, 1.0)
+
+
+def test_every_method_goes_first_once() -> None:
+    assert {rotation(["a", "b", "c"], turn)[0] for turn in range(3)} == {"a", "b", "c"}
+    assert sorted(rotation(["a", "b", "c"], 7)) == ["a", "b", "c"]
+
+
+def test_the_first_difference() -> None:
+    assert first_difference([1, 2, 3], [1, 2, 4]) == 2
+    assert first_difference([1, 2], [1, 2, 4]) is None
+
+
+def test_a_wrong_token_is_beyond_the_margin_and_equal_texts_need_none() -> None:
+    model = tiny_model()
+    prompt = prompts((9,))[0]
+    ids = torch.tensor([prompt])
+    text = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)[0, 9:].tolist()  # type: ignore[operator]
+    wrong = [*text[:5], (text[5] + 1) % 64, *text[6:]]
+    assert explain(model, prompt, text, text) is None  # type: ignore[arg-type]
+    found = explain(model, prompt, wrong, text)  # type: ignore[arg-type]
+    assert found is not None
+    assert found.place == 5
+    assert not found.within
+    assert found.noise < 1e-2 * found.gap
+
+
+@pytest.mark.parametrize("drafter", ["chain", "tree", "prompt-lookup", "suffix"])
+def test_bf16_differences_lie_within_the_margin(drafter: str) -> None:
+    """The bundled pair in its own bf16: speculative against plain, and plain against `model.generate`."""
+    target = AutoModelForCausalLM.from_pretrained(bundled_path("target"), dtype=torch.bfloat16).eval()
+    made = drafter
+    if drafter in ("chain", "tree"):
+        draft = AutoModelForCausalLM.from_pretrained(bundled_path("draft"), dtype=torch.bfloat16).eval()
+        made = DraftModelDrafter(draft, shape=drafter)  # type: ignore[assignment, arg-type]
+    fast = SpeculativeGenerator(target, made, planner=FixedPlanner(nodes=4, depth=3, width=2))
+    plain = SpeculativeGenerator(target)
+    tokenizer = AutoTokenizer.from_pretrained(bundled_path("target"))
+    asked, _ = speed.load_prompts(None, tokenizer, 4, 96)
+    for prompt in asked:
+        ids = torch.tensor([prompt.ids])
+        settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 40, "do_sample": False}
+        outputs = [g.generate(ids, **settings)[0, ids.shape[1] :].tolist() for g in (fast, plain, target)]
+        for ours, theirs in ((outputs[0], outputs[1]), (outputs[1], outputs[2])):
+            found = explain(target, prompt.ids, ours, theirs)
+            assert found is None or found.within, f"differs at {found.place}: gap {found.gap}, noise {found.noise}"
+
+
+def test_the_benchmark_runs_reports_and_resumes(tmp_path: Path) -> None:
+    out = tmp_path / "speed.json"
+    arguments = ["--limit", "1", "--max-new-tokens", "4", "--repeats", "1", "--plans", "1", "--output", str(out)]
+    app = speed.typer.Typer()
+    app.command()(speed.main)
+    first = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert first.exit_code == 0
+    report = json.loads(out.read_text())
+    assert report["equality"]["prompts"] == 1
+    assert set(report["equality"]["equal_to_plain"]) == {"draft model 1", "prompt-lookup", "suffix"}
+    methods = {row["method"] for row in report["groups"]["all"]}
+    assert {speed.HF, speed.PLAIN, speed.FREE, "draft model 1"} <= methods
+    samples = out.with_suffix(".samples.jsonl")
+    kept = samples.read_text()
+    CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert samples.read_text() == kept
