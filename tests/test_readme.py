@@ -25,13 +25,14 @@ def commands(program: str) -> set[str]:
 
 
 def tree_entries() -> set[str]:
-    """The paths in the file tree: a folder ends in "/", what is indented below it lies in it."""
+    """The paths in the file tree: a folder ends in "/", what is indented below it lies in it; a line may name several."""
     (tree,) = [block for block in blocks("text") if "specdec/" in block and "drafters/" in block]
     folder, found = "", set()
     for line in tree.splitlines():
-        name = line.split()[0]
-        folder = name if name.endswith("/") else folder if line.startswith(" ") else ""
-        found.add(name if name.endswith("/") else folder + name)
+        names = re.split(r"\s{2,}", line.strip())[0].split(", ")
+        if not line.startswith(" "):
+            folder = names[0] if names[0].endswith("/") and len(names) == 1 else ""
+        found |= {name if name.endswith("/") else folder + name for name in names}
     return found
 
 
