@@ -1,21 +1,31 @@
 """Chooses the attention that runs, and holds what one forward's layers share.
 
 `AttentionContext` travels through the model's forward as `tree_ctx=`. Each layer appends its K and V rows to the cache
-and attends. Backends: "sdpa" (CPU and CUDA: the query group packed into rows, so that K and V are never
-repeated) and "reference" (the twin, also used where SDPA cannot: soft-capped logits).
+and attends. Backends: "triton" (the tree attention kernel: CUDA, and Triton's interpreter), "sdpa" (CPU and CUDA: the query
+group packed into rows, so that K and V are never repeated) and "reference" (the twin of the padded layout, also used where SDPA
+cannot: soft-capped logits).
 """
 
 from __future__ import annotations
 
+import logging
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from specdec.kernels import reference
-from specdec.kernels.rows import Rows, padded_index, request_of_row, visible
+from specdec.kernels.rows import Rows, items_of, padded_index, request_of_row, visible
+from specdec.kernels.tiles import Items, KeyValues, Logits
 
-Backend = Literal["sdpa", "reference"]
+logger = logging.getLogger(__name__)
+
+Backend = Literal["auto", "triton", "sdpa", "reference"]
+
+# Longer blocks of one request are prompts: compute-bound, and SDPA's causal kernels are made for them.
+_MOST_TREE_ROWS = 1024
+_WIDEST_HEAD = 256
 
 # Views of the cache are a whole number of these slots, the rest masked: the order in which a row's scores are summed then
 # does not depend on how many rows are scored with it.
@@ -29,10 +39,12 @@ class AttentionContext:
     """
 
     def __init__(self, rows: Rows, layers: list[tuple[Tensor, Tensor]], backend: Backend = "sdpa", tile: int = SLOT_TILE) -> None:
-        """backend: "reference" runs the twin everywhere.  tile: views are a whole number of this many slots."""
+        """backend: as `choose_backend` gives it; prompts longer than a tree run in SDPA.  tile: views are a whole number of
+        this many slots."""
         self.rows = rows
         self.layers = layers
-        self.backend = backend
+        self.backend = "sdpa" if backend == "triton" and max(rows.sizes) > _MOST_TREE_ROWS else backend
+        self._items: Items | None = None
         self._masks: dict[tuple[int | None, int, torch.dtype], Tensor | None] = {}
         self._seen: dict[int | None, Tensor] = {}
         self._span = min(-(-rows.span // tile) * tile, layers[0][0].shape[2])
@@ -45,6 +57,8 @@ class AttentionContext:
     ) -> Tensor:
         """Append K and V, then attend. query: [1, H, R, D], key, value: [1, Hkv, R, D]. Returns [1, R, H, D]."""
         keys, values = self._append(key, value, layer)
+        if self.backend == "triton":
+            return self._triton(query, layer, Logits(scale, window, softcap))
         padded = self._pad(query)
         if softcap is not None or self.backend == "reference":
             out = reference.tree_attention(padded, keys, values, self.seen(window), scale=scale, softcap=softcap)
@@ -92,6 +106,13 @@ class AttentionContext:
         kept = [nodes[b, :size] for b, size in enumerate(self.rows.sizes)]
         return torch.cat(kept)[None]
 
+    def _triton(self, query: Tensor, layer: int, how: Logits) -> Tensor:
+        from specdec.kernels.tree_attention import tree_attention
+
+        if self._items is None:
+            self._items = items_of(self.rows)
+        return tree_attention(query[0].transpose(0, 1), KeyValues(*self.layers[layer]), [self._items], how)[None]
+
     def _sdpa(self, query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
         batch, heads, nodes, width = query.shape
         group = heads // keys.shape[1]
@@ -129,3 +150,28 @@ class AttentionContext:
         elif size > 1:
             mask[:, :, length:span] = torch.full((size, size), float("-inf"), dtype=dtype, device=device).triu_(1)
         return mask.view(1, 1, group * size, self._span)
+
+
+def choose_backend(wanted: Backend, device: torch.device, widths: set[tuple[int, int]]) -> Backend:
+    """What runs for "auto": the Triton kernel on a GPU where it can, else SDPA with the reason logged once.
+
+    widths: of keys and values in the model's layers. Any other choice is taken as it is; a kernel that cannot run then raises.
+    """
+    if wanted != "auto":
+        return wanted
+    reason = _why_no_triton(device, widths)
+    if reason is None:
+        return "triton"
+    if device.type == "cuda":
+        logger.warning("tree attention runs in SDPA: %s", reason)
+    return "sdpa"
+
+
+def _why_no_triton(device: torch.device, widths: set[tuple[int, int]]) -> str | None:
+    if device.type != "cuda":
+        return f"the kernel is for CUDA, the model is on {device.type}"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if any(key != value or key > _WIDEST_HEAD for key, value in widths):
+        return f"heads of {sorted(widths)} (keys, values): the kernel needs equal widths up to {_WIDEST_HEAD}"
+    return None

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from operator import add
 
 import torch
 from torch import Tensor
+
+from specdec.kernels.tiles import Items
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,3 +88,23 @@ def visible(rows: Rows, span: int, window: int | None = None) -> Tensor:
         positions = rows.positions[0][padded_index(rows.sizes, device)]
         seen = seen & (positions[:, :, None] - key_positions[:, None] < window)
     return seen
+
+
+def items_of(rows: Rows) -> Items:
+    """What the tree attention kernel is told of these rows: one item a request."""
+    device, starts = rows.slots.device, list(accumulate(rows.sizes, initial=0))
+    ends = map(add, rows.base, rows.sizes)
+    table = [[starts[b], rows.sizes[b], b, 0, rows.lengths[b], end] for b, end in enumerate(ends)]
+    bits = None if rows.tree is None else ancestor_words(rows.tree, rows.sizes)
+    slots = 1 << (rows.span - 1).bit_length()
+    return Items(torch.tensor(table, device=device), rows.positions[0].contiguous(), max(rows.sizes), slots, bits, rows.offsets)
+
+
+def ancestor_words(tree: Tensor, sizes: Sequence[int]) -> Tensor:
+    """[R, W] int64: bit t % 64 of word t // 64 says whether a packed row sees tree slot t. tree: [B, N, T] bool."""
+    padded = torch.nn.functional.pad(tree, (0, -tree.shape[2] % 64)).unflatten(2, (-1, 64))
+    words: Tensor = (padded.long() << torch.arange(64, device=tree.device)).sum(3)
+    if len(sizes) == 1:
+        return words[0, : sizes[0]]
+    live = [b * tree.shape[1] + n for b, size in enumerate(sizes) for n in range(size)]
+    return words.flatten(0, 1)[torch.tensor(live, device=tree.device)]

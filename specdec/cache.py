@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from specdec.errors import OutOfCacheError
 from specdec.kernels.dispatch import SLOT_TILE
 from specdec.kernels.reference import kv_compact
 
@@ -83,14 +84,24 @@ class KVCache:
         self.layers = self._views()
         self.slots = torch.arange(self.capacity, device=self.slots.device)
 
+    def fits(self, num_requests: int, capacity: int) -> bool:
+        """Whether a batch of this size needs no other memory."""
+        return capacity <= self.capacity and bool(self._groups) and num_requests <= self._groups[0].shape[2]
+
+    def reset(self, num_requests: int) -> None:
+        """Begin a batch that fits in the same memory, so that what was captured on it stays right."""
+        self.lengths = [0] * num_requests
+        for group in self._groups:
+            group.zero_()
+
     def arrange(self, order: Sequence[int]) -> None:
-        """Keep these rows, in this order; nothing moves when the order is the present one."""
-        if list(order) == list(range(len(self.lengths))):
-            return
+        """Keep these rows, in this order, in place: only rows that change their place are copied."""
+        moved = [row for row, source in enumerate(order) if row != source]
         self.lengths = [self.lengths[row] for row in order]
-        for i, group in enumerate(self._groups):
-            self._groups[i] = group.index_select(2, torch.tensor(list(order), dtype=torch.long, device=group.device))
-        self.layers = self._views()
+        if moved:
+            for group in self._groups:
+                sources = torch.tensor([order[row] for row in moved], device=group.device)
+                group[:, :, torch.tensor(moved, device=group.device)] = group[:, :, sources]
 
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
         """Keep node 0 and the nodes of each row's path, which become the next slots; forget the other nodes."""
@@ -107,3 +118,20 @@ class KVCache:
         if rows:
             for group in self._groups:
                 kv_compact(group, *torch.tensor([rows, source, target], device=group.device))
+
+
+def check_memory(specs: Sequence[LayerSpec], num_requests: int, capacity: int, device: torch.device, limit: int | None) -> None:
+    """Raise OutOfCacheError before decoding when a cache of this size does not fit, so that no call fails in its middle.
+
+    limit: bytes, None for what is free on a GPU; on a CPU there is no limit of its own.
+    """
+    slots = num_requests * _whole_tiles(capacity)
+    needed = sum(2 * slots * spec.group[0] * spec.group[1] * spec.dtype.itemsize for spec in specs)
+    if limit is None and device.type == "cuda":
+        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        limit = int(0.95 * torch.cuda.mem_get_info(device)[0]) + reusable
+    if limit is not None and needed > limit:
+        raise OutOfCacheError(
+            f"{num_requests} request(s) of up to {capacity} tokens need {needed / 2**30:.2f} GiB of keys and values, and "
+            f"{limit / 2**30:.2f} GiB are allowed; lower max_new_tokens or the batch, or raise RunnerOptions.cache_limit_bytes"
+        )

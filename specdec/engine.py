@@ -95,7 +95,7 @@ class Engine:
         rule, law = self._rule(call.sampling, call.seeded)
         process = None if call.processing.identity else call.processing
         drafter = None if call.processing.lockstep else self.drafter
-        capacity = max(len(p) + min(call.stopping.room(i), 1 << 12) for i, p in enumerate(call.prompts)) + 64
+        capacity = max(len(p) + min(call.stopping.room(i), 1 << 20) for i, p in enumerate(call.prompts)) + 64
         self.runner.begin(len(call.prompts), capacity)
         self.runner.prefill([prompt[:-1] for prompt in call.prompts], call.prefill_chunk)
         if drafter is not None:

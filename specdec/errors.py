@@ -27,3 +27,7 @@ class CheckpointError(SpecDecError):
 
 class NonFiniteLogitsError(SpecDecError):
     """The target produced NaN for a token that was about to be chosen."""
+
+
+class OutOfCacheError(SpecDecError):
+    """The keys and values of a call do not fit in memory; found out before it decodes."""

@@ -11,10 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from specdec.cache import KVCache, LayerSpec
+from specdec.cache import KVCache, LayerSpec, check_memory
 from specdec.capture import Forward, capture
 from specdec.errors import UnsupportedModelError
-from specdec.kernels.dispatch import SLOT_TILE, AttentionContext, Backend
+from specdec.graphs import CapturedForwards
+from specdec.kernels.dispatch import SLOT_TILE, AttentionContext, Backend, choose_backend
 from specdec.kernels.rows import Rows, padded_index
 from specdec.linear import pack_linears, packable
 from specdec.rows import chain_rows, doubled_row, tree_rows
@@ -29,14 +30,15 @@ Switch = Literal["auto", "off"]
 
 @dataclass(frozen=True, slots=True)
 class RunnerOptions:
-    """How a model is run. attention: the backend.  capture, pack: "off" forces the plain way.
+    """How a model is run. attention: the backend, see `kernels.dispatch`.  capture, pack: "off" forces the plain way.
 
     compute: run a converted copy of the weights instead of sharing them; for draft models, whose rounding is free.
     row_invariant: on a CPU, a token's logits are the same bits whether 1 or up to 8 rows are scored together.
     capture_after: eager forwards of one size before it is captured.  pack_limit_bytes: most memory for packed weights.
+    cache_limit_bytes: most memory for keys and values; None means what is free on a GPU.
     """
 
-    attention: Backend = "sdpa"
+    attention: Backend = "auto"
     capture: Switch = "auto"
     pack: Switch = "auto"
     compute: torch.dtype | None = None
@@ -44,6 +46,7 @@ class RunnerOptions:
     capture_after: int = 4
     max_captures: int = 64
     pack_limit_bytes: int = 2 << 30
+    cache_limit_bytes: int | None = None
 
 
 class _Probe:
@@ -83,6 +86,9 @@ class ModelRunner:
         self._taps = TapReader(self.twin.model, tuple(taps))
         self.specs = self._probe(text.num_hidden_layers)
         self.cache = KVCache(self.specs, 0, 0)
+        widths = {(spec.key_width, spec.value_width) for spec in self.specs}
+        self.backend = choose_backend(self.options.attention, self.device, widths)
+        self._graphs = self._make_graphs()
         self._seen_sizes: dict[int, int] = {}
         self._captured: dict[int, Forward] = {}
         self._no_capture = self._why_no_capture(text)
@@ -96,6 +102,12 @@ class ModelRunner:
             logger.debug("linear layers stay as they are: %s", reason)
             return []
         return pack_linears(self.twin.model, grouped=self.options.row_invariant)
+
+    def _make_graphs(self) -> CapturedForwards | None:
+        """CUDA graphs, where the attention kernel that they need runs."""
+        if self.options.capture == "off" or self.device.type != "cuda" or not self.twin.copied or self.backend != "triton":
+            return None
+        return CapturedForwards(self._eager, self.options.capture_after, self.options.max_captures)
 
     def _why_no_capture(self, text: Any) -> str | None:
         """Why forwards are not captured, or None."""
@@ -128,6 +140,11 @@ class ModelRunner:
         changed = [layer.refresh() for layer in self._packed]
         if any(changed):
             self._captured.clear()
+        if self._graphs is not None and self.cache.fits(num_requests, capacity):
+            self.cache.reset(num_requests)
+            return
+        self.cache = KVCache(self.specs, 0, 0)
+        check_memory(self.specs, num_requests, capacity, self.device, self.options.cache_limit_bytes)
         self.cache = KVCache(self.specs, num_requests, capacity)
 
     def prefill(self, texts: Sequence[Sequence[int]], chunk: int | None = None) -> None:
@@ -178,6 +195,10 @@ class ModelRunner:
     def forward(self, rows: Rows) -> tuple[Tensor, ...]:
         """Logits [R, V] of the rows in the model's dtype, then each tap [R, H]. K and V are written, lengths stay."""
         began = perf_counter()
+        replayed = self._graphs.forward(rows, self.cache) if self._graphs is not None else None
+        if replayed is not None:
+            self.forward_s += perf_counter() - began
+            return replayed
         run = self._captured.get(rows.tokens.shape[1], self._eager)
         out = run(rows.tokens, rows.positions, self._context(rows))
         self.forward_s += perf_counter() - began
@@ -187,7 +208,7 @@ class ModelRunner:
 
     def _context(self, rows: Rows) -> AttentionContext:
         tile = SLOT_TILE if self.options.row_invariant else 1
-        return AttentionContext(rows, self.cache.layers, self.options.attention, tile)
+        return AttentionContext(rows, self.cache.layers, self.backend, tile)
 
     @torch.no_grad()
     def _eager(self, tokens: Tensor, positions: Tensor, context: Any, **kwargs: Any) -> tuple[Tensor, ...]:

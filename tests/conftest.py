@@ -1,9 +1,15 @@
-"""What every test may rely on: one torch thread a worker and a fixed seed."""
+"""What every test may rely on: one torch thread a worker, a fixed seed, and Triton's interpreter where there is no GPU."""
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+
+# Read when a kernel is defined, so it has to be set before any test imports one.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -23,6 +23,7 @@ ORDER = (
         "specdec.cache",
         "specdec.linear",
         "specdec.capture",
+        "specdec.graphs",
         "specdec.twin",
         "specdec.runner",
     ),
