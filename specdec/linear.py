@@ -37,6 +37,7 @@ class PackedLinear(nn.Module):
         """
         super().__init__()
         self._grouped_rows = _GROUPED_ROWS if grouped else 0
+        self._least_rows = 2 if grouped else 1
         self.source = source
         self.out_features = source.out_features
         self._rows_first: Tensor | None = None
@@ -60,7 +61,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out], in the dtype of x."""
-        if x.dim() == 3 and x.shape[0] == 1 and 1 < x.shape[1] <= _GROUP:
+        if x.dim() == 3 and x.shape[0] == 1 and self._least_rows <= x.shape[1] <= _GROUP:
             return self._few(x.float()).to(x.dtype)
         rows = x.float().reshape(-1, x.shape[-1])
         if rows.shape[0] <= self._grouped_rows:
