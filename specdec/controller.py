@@ -68,7 +68,7 @@ class Controller:
         if self.drafter is not None:
             self.drafter.commit(committed)
         marks = (began, drafted, scored, verified, perf_counter())
-        stats = _round_stats(draft, committed, marks, self._forward_s() - forward_s)
+        stats = _round_stats(draft, budget, committed, marks, self._forward_s() - forward_s)
         self.planner.observe(stats)
         return Step(committed, paths, stats, scores, raw)
 
@@ -97,14 +97,16 @@ class Controller:
         return sum(runner.forward_s for runner in self._runners)
 
 
-def _round_stats(draft: Draft, committed: Committed, marks: tuple[float, ...], forward_s: float) -> RoundStats:
+def _round_stats(draft: Draft, budget: Budget, committed: Committed, marks: tuple[float, ...], forward_s: float) -> RoundStats:
     """marks: the times at which drafting began and each phase ended."""
     began, drafted, scored, verified, ended = marks
     sizes = draft.tree.num_nodes
+    drafted_tokens = tuple([n - 1 for n in sizes])
     return RoundStats(
         requests=committed.requests,
-        drafted=tuple([n - 1 for n in sizes]),
+        drafted=drafted_tokens,
         accepted=committed.num_accepted,
+        depth=tuple(map(min, drafted_tokens, budget.depth)),
         num_rows=sum(sizes),
         draft_s=drafted - began,
         target_s=scored - drafted,

@@ -12,8 +12,8 @@ from specdec.types import RoundStats
 class RequestStats:
     """One request. drafted, accepted: tokens.  emitted: tokens its rounds gave, bonus or recovered included.
 
-    accepted_at: how many rounds accepted the token at each depth; reached_at: how many rounds had room for it, which
-    is how many drafted at least that many tokens.  Times in seconds: the request's even share of its rounds' times.
+    accepted_at: how many rounds accepted a token at each depth; reached_at: how many rounds had room to draft that deep.
+    Times in seconds: the request's even share of its rounds' times.
     """
 
     rounds: int
@@ -127,26 +127,24 @@ class _Tally:
     reached_at: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=lambda: [0.0] * 4)
 
-    def add(self, drafted: int, accepted: int, seconds: Sequence[float]) -> None:
+    def add(self, drafted: int, accepted: int, depth: int, seconds: Sequence[float]) -> None:
         self.rounds += 1
         self.drafted += drafted
         self.accepted += accepted
         self.seconds = [old + new for old, new in zip(self.seconds, seconds, strict=True)]
-        for counts, reach in ((self.reached_at, drafted), (self.accepted_at, accepted)):
-            counts.extend([0] * (max(drafted, accepted) - len(counts)))
-            for depth in range(reach):
-                counts[depth] += 1
+        for counts, reach in ((self.reached_at, depth), (self.accepted_at, accepted)):
+            counts.extend([0] * (depth - len(counts)))
+            for level in range(reach):
+                counts[level] += 1
 
     def stats(self) -> RequestStats:
-        # A tree of n nodes is rarely n deep: depths that no round ever accepted say nothing and are left out.
-        depth = sum(1 for count in self.accepted_at if count) or min(1, len(self.reached_at))
         draft_s, target_s, verify_s, other_s = self.seconds
         return RequestStats(
             self.rounds,
             self.drafted,
             self.accepted,
-            tuple(self.accepted_at[:depth]),
-            tuple(self.reached_at[:depth]),
+            tuple(self.accepted_at),
+            tuple(self.reached_at),
             draft_s,
             target_s,
             verify_s,
@@ -174,8 +172,9 @@ class StatsCollector:
             share = len(stats.requests)
             other = elapsed - stats.draft_s - stats.target_s - stats.verify_s
             seconds = [s / share for s in (stats.draft_s, stats.target_s, stats.verify_s, other)]
-            for request, drafted, accepted in zip(stats.requests, stats.drafted, stats.accepted, strict=True):
-                tallies[request].add(drafted, accepted, seconds)
+            columns = zip(stats.requests, stats.drafted, stats.accepted, stats.depth, strict=True)
+            for request, drafted, accepted, depth in columns:
+                tallies[request].add(drafted, accepted, depth, seconds)
         return SpeculationStats(
             requests=tuple(tally.stats() for tally in tallies),
             rounds=len(self._rounds),

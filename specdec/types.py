@@ -125,7 +125,9 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class RoundStats:
-    """What a round did. drafted and accepted: tokens per request.  Times in seconds.
+    """What a round did. drafted and accepted: tokens per request.  depth: levels that each request's draft had room for.
+
+    Times in seconds.
 
     draft_s: proposing, the draft model's forwards included.  forward_s: inside the models' forwards, target and draft.
     """
@@ -133,6 +135,7 @@ class RoundStats:
     requests: tuple[int, ...]
     drafted: tuple[int, ...]
     accepted: tuple[int, ...]
+    depth: tuple[int, ...]
     num_rows: int
     draft_s: float
     target_s: float

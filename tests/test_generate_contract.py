@@ -25,8 +25,10 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.errors import CheckpointError, InvalidRequestError, SpecDecError, UnsupportedModelError
 from specdec.generator import SpeculativeGenerator, SpeculativeOutput
+from specdec.planner import FixedPlanner
 from tests.support_models import VOCABULARY, left_padded, noised, prompts, tiny_model
 
 NEW = 24
@@ -335,3 +337,13 @@ def test_checkpoints(model: Any, tmp_path: Path) -> None:
         SpeculativeGenerator.from_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="trust_remote_code"):
         SpeculativeGenerator.from_pretrained(tmp_path / "good", trust_remote_code=True)
+
+
+def test_acceptance_per_position_counts_the_depths_of_a_tree_not_its_nodes() -> None:
+    model: Any = tiny_model()
+    drafter = DraftModelDrafter(model, shape="tree")
+    generator = SpeculativeGenerator(model, drafter, planner=FixedPlanner(nodes=9, depth=2, width=3))
+    generator.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=13, do_sample=False)
+    (request,) = generator.stats.requests  # type: ignore[union-attr]
+    assert request.acceptance_per_position == (1.0, 1.0)
+    assert request.reached_at == request.accepted_at == (4, 4)
