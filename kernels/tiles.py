@@ -87,7 +87,7 @@ def choose_tiles(
 def _shape(packed: int, width: int, itemsize: int) -> tuple[int, int, int, int]:
     """Rows, keys, warps and stages of a program."""
     if itemsize > 2:
-        return (16, 16, 4, 1) if width > 128 else (16, 32, 8, 2) if width > 64 else (min(packed, 32), 32, 8, 2)
+        return (16, 16, 4, 1) if width > 128 else (16, 32, 8, 2) if width > 64 else (min(packed, 32), 32, 4, 2)
     if width > 128:
         rows = min(packed, 64)
         return rows, 32, 8 if rows == 64 else 4, 2

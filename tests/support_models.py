@@ -94,7 +94,9 @@ def tiny_model(family: str = "llama", seed: int | None = None) -> nn.Module:
     """A random fp32 model. seed: other weights than the family's own."""
     own_seed, scale = _VARIED[family]
     torch.manual_seed(own_seed if seed is None else seed)
-    model: nn.Module = AutoModelForCausalLM.from_config(family_config(family)).eval()
+    # Older transformers drop Gemma's soft-cap in SDPA; the eager attention has it in all of them.
+    attention = "eager" if family == "gemma2" else None
+    model: nn.Module = AutoModelForCausalLM.from_config(family_config(family), attn_implementation=attention).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:

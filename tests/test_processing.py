@@ -165,7 +165,9 @@ def test_kinds_of_processors_outside_transformers() -> None:
     assert kind_of(TopKLogitsWarper(3)) is Kind.NO_IDS
     assert kind_of(Own(3)) is Kind.INDEXED
     assert kind_of(_Counting()) is Kind.STATEFUL
-    assert kind_of(RepetitionPenaltyLogitsProcessor(1.2, prompt_ignore_length=torch.tensor([1, 2]))) is Kind.INDEXED
+    by_request = RepetitionPenaltyLogitsProcessor(1.2)
+    by_request.prompt_ignore_length = torch.tensor([1, 2])
+    assert kind_of(by_request) is Kind.INDEXED
 
 
 def test_processors_that_cannot_be_called_are_refused() -> None:
