@@ -14,7 +14,13 @@ PYTEST = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest
 HAS_CUDA_TORCH := -c 'import re, torch; v = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])); \
 	raise SystemExit(0 if torch.version.cuda and v >= (2, 11) else 1)'
 
+# On a GPU machine: the Python that is there, no venv, nothing downloaded. RESULTS: a folder, bench/results/<gpu> by default.
+RESULTS ?=
+GPU = PYTHONPATH=$(CURDIR) $(PYTHON) -P -m specdec.bench.gpu
+GPU_ARGS = $(if $(RESULTS),--results $(RESULTS))
+
 .PHONY: demo install test test-fast test-all test-min lint format types bench-speed clean
+.PHONY: gpu gpu-tests gpu-kernels gpu-step gpu-decode
 
 demo: $(STAMP)
 	$(PY) -P -m specdec demo
@@ -51,6 +57,20 @@ types: $(STAMP)
 
 bench-speed: $(STAMP)
 	$(PY) -P -m specdec.bench.speed
+
+gpu: gpu-tests gpu-kernels gpu-step gpu-decode
+
+gpu-tests:
+	$(GPU) tests $(GPU_ARGS)
+
+gpu-kernels:
+	$(GPU) kernels $(GPU_ARGS)
+
+gpu-step:
+	$(GPU) step $(GPU_ARGS)
+
+gpu-decode:
+	$(GPU) decode $(GPU_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
