@@ -35,7 +35,8 @@ class RunnerOptions:
     compute: run a converted copy of the weights instead of sharing them; for draft models, whose rounding is free.
     row_invariant: on a CPU, a token's logits are the same bits whether 1 or up to 8 rows are scored together.
     capture_after: eager forwards of one size before it is captured.  pack_limit_bytes: most memory for packed weights.
-    cache_limit_bytes: most memory for keys and values; None means what is free on a GPU.
+    cache_limit_bytes: most memory for keys and values; None means what is free on a GPU.  prefill_rows: most prompt rows in
+    one forward, so that the mask of a long prompt stays small.
     """
 
     attention: Backend = "auto"
@@ -47,6 +48,7 @@ class RunnerOptions:
     max_captures: int = 64
     pack_limit_bytes: int = 2 << 30
     cache_limit_bytes: int | None = None
+    prefill_rows: int = 1024
 
 
 class _Probe:
@@ -150,11 +152,11 @@ class ModelRunner:
     def prefill(self, texts: Sequence[Sequence[int]], chunk: int | None = None) -> None:
         """Append texts[b] to row b of the cache, all rows of all requests packed together.
 
-        chunk: most rows in one forward; None packs everything.  No logits are computed but one row's.
+        chunk: most rows in one forward, `RunnerOptions.prefill_rows` by default.  No logits are computed but one row's.
         """
         done = [0] * len(texts)
         while any(d < len(text) for d, text in zip(done, texts, strict=True)):
-            room = chunk or sum(len(text) for text in texts)
+            room = chunk or self.options.prefill_rows
             taken: list[Sequence[int]] = []
             for b, text in enumerate(texts):
                 part = text[done[b] : done[b] + room]
