@@ -15,6 +15,8 @@ from specdec.verify.rejection import TokenRejection
 from specdec.verify.sample_and_match import SampleAndMatch
 from specdec.verify.walk import accept_matches
 
+pytestmark = pytest.mark.slow
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES = [7, 64, 1000, 5003]
 # Two chunks and a block that ends in the middle of one.

@@ -65,6 +65,7 @@ def test_budgets_that_are_no_counts_are_refused(nodes: float) -> None:
         FixedPlanner(nodes=nodes)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verifier", ["rejection", "sample-and-match", "coupled"])
 def test_sampled_text_follows_the_target(verifier: str) -> None:
     """The first two tokens of 3,000 requests against the target's own law, draft and processing included."""

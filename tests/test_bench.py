@@ -61,6 +61,7 @@ def test_a_wrong_token_is_beyond_the_margin_and_equal_texts_need_none() -> None:
     assert found.noise < 1e-2 * found.gap
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drafter", ["chain", "tree", "prompt-lookup", "suffix"])
 def test_bf16_differences_lie_within_the_margin(drafter: str) -> None:
     """The bundled pair in its own bf16: speculative against plain, and plain against `model.generate`."""

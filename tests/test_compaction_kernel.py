@@ -9,6 +9,8 @@ from torch import Tensor
 from specdec.kernels import reference, reference_rules
 from specdec.kernels.kv_compact import kv_compact
 
+pytestmark = pytest.mark.slow
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.uint8]
 

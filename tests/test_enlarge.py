@@ -12,6 +12,8 @@ from specdec import SpecDecError, SpeculativeGenerator, bundled_path
 from specdec.bench.enlarge import LLAMA_1B, LLAMA_8B, QWEN_4B, enlarge
 from specdec.bench.speed import load_prompts
 
+pytestmark = pytest.mark.slow
+
 # As the 8B shape does with the bundled target: twice the head width, groups of four for a group of five, all sizes larger.
 WIDER: dict[str, Any] = {
     "hidden_size": 704,

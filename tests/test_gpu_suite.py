@@ -20,6 +20,8 @@ from specdec.bench.gpu_store import Setup, Store
 from specdec.bench.margin import explain
 from tests.support_models import VOCABULARY, prompts, tiny_model
 
+pytestmark = pytest.mark.slow
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 APP = typer.Typer()
 APP.command()(gpu.main)

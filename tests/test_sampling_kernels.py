@@ -10,6 +10,8 @@ from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWa
 from specdec.kernels import reference_rules
 from specdec.kernels.sampling import filter_logits
 
+pytestmark = pytest.mark.slow
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES = [1, 7, 64, 1000, 5003]
 TEMPERATURES, TOP_KS, TOP_PS, MIN_PS = [0.7, 1.0, 1.9], [50, 1, 0], [0.9, 0.2, 1.0], [0.05, 0.0, 1.0]

@@ -18,6 +18,8 @@ from specdec.planner import FixedPlanner
 from specdec.runner import ModelRunner, RunnerOptions
 from tests.support_models import left_padded, noised, prompts, tiny_model
 
+pytestmark = pytest.mark.slow
+
 KERNEL = RunnerOptions(attention="triton", capture="off", pack="off", row_invariant=False)
 NEW = 6
 
