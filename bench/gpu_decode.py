@@ -18,8 +18,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from specdec import FixedPlanner, SpeculativeGenerator, bundled_path
+from specdec import FixedPlanner, RunnerOptions, SpeculativeGenerator, bundled_path
 from specdec.bench.enlarge import LLAMA_1B, LLAMA_8B, Shape, enlarge
+from specdec.bench.gpu_profile import per_round
 from specdec.bench.gpu_store import Point, Setup, Store, Value, specdec_warnings
 from specdec.bench.margin import explain
 from specdec.bench.speed import Prompt, load_prompts
@@ -28,7 +29,8 @@ from specdec.drafters.draft_model import DraftModelDrafter
 
 HF, PLAIN = "transformers generate", "specdec, no drafter"
 DRAFT, LOOKUP, SUFFIX = "specdec, draft model, 4 tokens", "specdec, prompt lookup, 8 tokens", "specdec, suffix lookup, 8 tokens"
-METHODS = (HF, PLAIN, DRAFT, LOOKUP, SUFFIX)
+FUSED = ", layers compiled"
+METHODS = (HF, PLAIN, DRAFT, LOOKUP, SUFFIX, PLAIN + FUSED, DRAFT + FUSED, LOOKUP + FUSED)
 NOTE = "bundled pair enlarged to Llama-3.1-8B and Llama-3.2-1B shapes: acceptance of an 11M target and its draft, cost of 8B and 1B"
 SMALL_NOTE = "a smoke test in tiny shapes, no measurement"
 
@@ -51,11 +53,14 @@ def run(setup: Setup) -> Store:
     prompts, _ = load_prompts(None, tokenizer, limit, 384)
     by_length = sorted(prompts, key=lambda p: len(p.ids))
     bench = _Bench(setup, new, (by_length[-1], by_length[0]))
+    methods = METHODS[:5] if setup.small else METHODS
     for turn in range(repeats * len(prompts)):
         repeat, index = divmod(turn, len(prompts))
-        for name in rotation(list(METHODS), turn):
+        for name in rotation(list(methods), turn):
             settings: dict[str, Value] = {"method": name, "prompt": index, "repeat": repeat, "new_tokens": new}
             store.measure(settings, partial(bench.point, name, prompts[index], repeat == 0))
+    for name in methods[1:]:
+        store.measure({"method": name, "profiled": True}, partial(bench.waits, name, by_length[0]))
     return store
 
 
@@ -72,6 +77,7 @@ class _Bench:
         self._draft: Any = None
         self._known = 0
         self._methods: dict[str, Method] = {}
+        self._generators: dict[str, SpeculativeGenerator] = {}
         self._said: dict[str, list[str]] = {}
         self._plain: dict[Prompt, list[int]] = {}
 
@@ -92,6 +98,18 @@ class _Bench:
             return results
         phases = {key: getattr(stats, key) for key in ("prefill_s", "draft_s", "target_s", "verify_s", "other_s")}
         return {**results, "rounds": stats.rounds, "drafted": stats.drafted, "accepted": stats.accepted, **phases}
+
+    def waits(self, name: str, prompt: Prompt) -> Point:
+        """What a round of this method waits for."""
+        self._method(name)
+        generator = self._generators[name]
+
+        def run(tokens: int) -> int:
+            ids, arguments = self._arguments(prompt)
+            generator.generate(ids, **{**arguments, "max_new_tokens": tokens})
+            return generator.stats.rounds if generator.stats is not None else 0
+
+        return per_round(run, self._new // 3, self._new, self._setup.device)
 
     def _wait(self) -> None:
         if self._setup.device.type == "cuda":
@@ -129,16 +147,13 @@ class _Bench:
     def _make(self, name: str) -> Method:
         if name == HF:
             return self._generate
-        lookup = FixedPlanner(nodes=8, depth=8, width=2)
-        generators: dict[str, Callable[[], SpeculativeGenerator]] = {
-            PLAIN: lambda: SpeculativeGenerator(self._target),
-            DRAFT: lambda: SpeculativeGenerator(
-                self._target, DraftModelDrafter(self._draft), planner=FixedPlanner(nodes=4, depth=4)
-            ),
-            LOOKUP: lambda: SpeculativeGenerator(self._target, "prompt-lookup", planner=lookup),
-            SUFFIX: lambda: SpeculativeGenerator(self._target, "suffix", planner=lookup),
-        }
-        return partial(self._speculate, generators[name]())
+        options = RunnerOptions(compile="layers" if name.endswith(FUSED) else "off")
+        plain = name.removesuffix(FUSED)
+        planner = FixedPlanner(nodes=8, depth=8, width=2) if plain in (LOOKUP, SUFFIX) else FixedPlanner(nodes=4, depth=4)
+        drafters = {LOOKUP: "prompt-lookup", SUFFIX: "suffix"}
+        drafter = DraftModelDrafter(self._draft, options=options) if plain == DRAFT else drafters.get(plain)
+        self._generators[name] = SpeculativeGenerator(self._target, drafter, planner=planner, options=options)
+        return partial(self._speculate, self._generators[name])
 
     def _arguments(self, prompt: Prompt) -> tuple[torch.Tensor, dict[str, Any]]:
         ids = torch.tensor([prompt.ids], device=self._setup.device)

@@ -165,7 +165,7 @@ def _case(sizes: _Sizes, batch: int, prefix: int, nodes: int, device: torch.devi
     pair = torch.randn(2, batch, sizes.kv_heads, prefix + nodes, sizes.width, **options)
     rows = _rows(batch, prefix, nodes, device)
     one = _rows(1, prefix, nodes, device)
-    return _Case(query, pair[0], pair[1], rows, items_of(rows), visible(one, prefix + nodes))
+    return _Case(query, pair[0], pair[1], rows, items_of(rows)[0], visible(one, prefix + nodes))
 
 
 def _rows(batch: int, prefix: int, nodes: int, device: torch.device) -> Rows:

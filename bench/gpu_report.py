@@ -57,7 +57,7 @@ def _about(points: Points) -> str:
 
 def _failures(points: Points) -> str:
     """What could not be measured, and why."""
-    names = ("method", "model", "batch", "prefix", "nodes", "captured", "prompt", "file")
+    names = ("method", "model", "batch", "prefix", "nodes", "forward", "prompt", "file")
     failed = [p for p in points if "failed" in p]
     lines = [f"- {', '.join(f'{n} {p[n]}' for n in names if n in p)}: {p['failed']}" for p in failed]
     return "\n".join(["Not measured:", "", *lines]) if lines else ""
@@ -106,24 +106,25 @@ def _kernel_cells(ours: Any, others: list[Any], plain: Any) -> list[str | None]:
 
 
 def _step(points: Points) -> str:
-    found = {(p["model"], p["prefix"], p["captured"], p["nodes"]): p for p in _good(points) if "nodes" in p}
+    found = {(p["model"], p["prefix"], p["forward"], p["nodes"]): p for p in _good(points) if "nodes" in p}
     nodes = sorted({key[3] for key in found})
     rows = []
-    for model, prefix, captured in dict.fromkeys(key[:3] for key in found):
-        one = found.get((model, prefix, captured, 1))
+    for model, prefix, forward in dict.fromkeys(key[:3] for key in found):
+        one = found.get((model, prefix, forward, 1))
         cells: list[str | None] = [_format(one["ms"] if one else None, ".2f")]
         cells += [_format(one.get("share_of_nominal") if one else None, ".0%")]
         for m in nodes[1:]:
-            many = found.get((model, prefix, captured, m))
+            many = found.get((model, prefix, forward, m))
             cells.append(_format(many["ms"] / one["ms"] if many and one else None, ".2f"))
         warned = one["warned"] if one else None
-        rows.append([model, prefix, "captured" if captured else "eager", *cells, warned])
+        rows.append([model, prefix, forward, *cells, warned])
     headings = ["model", "prefix", "forward", "t(1), ms", "of nominal bandwidth", *(f"t({m})/t(1)" for m in nodes[1:])]
     return _table([*headings, "warnings"], rows)
 
 
 def _decode(points: Points) -> str:
-    good = _good(points)
+    rounds_of = {p["method"]: p for p in _good(points) if "waits_a_round" in p}
+    good = [p for p in _good(points) if "prompt" in p]
     samples = medians([_sample(p) for p in good])
     complete = _prompts_of_all(samples)
     rows = []
@@ -134,11 +135,28 @@ def _decode(points: Points) -> str:
             ratios = [_ratio(samples, complete, name, base) for base in (GENERATE, NO_DRAFTER)]
             rounds = sum(s.rounds for s in own)
             length = _format(sum(s.num_tokens for s in own) / rounds if rounds else None, ".2f")
-            rows.append([name, f"{rate:.1f}", *ratios, length, *_outputs([p for p in good if p["method"] == name])])
+            outputs = _outputs([p for p in good if p["method"] == name])
+            rows.append([name, f"{rate:.1f}", *ratios, length, *outputs, *_waits(own, rounds_of.get(name))])
     headings = ["method", "tokens/s", "over `generate`", "over specdec without a drafter", "tokens a round", "as plain"]
     notes = "; ".join(dict.fromkeys(p["note"] for p in good))
     note = f"Greedy, batch 1, {len(complete)} prompts; {notes}. In brackets: 95 % bootstrap intervals over prompts."
-    return note + "\n\n" + _table([*headings, "differ within rounding", "beyond"], rows)
+    return (
+        note
+        + "\n\n"
+        + _table(
+            [*headings, "differ within rounding", "beyond", "copies to the host a round", "waits a round", "device idle"], rows
+        )
+    )
+
+
+def _waits(samples: list[Sample], profiled: dict[str, Any] | None) -> list[str | None]:
+    """Copies and waits of a round, and the share of a round in which the device does nothing."""
+    rounds = sum(s.rounds for s in samples)
+    if profiled is None or not rounds:
+        return [None, None, None]
+    round_ms = 1e3 * sum(s.seconds for s in samples) / rounds
+    counts = [f"{profiled[key]:.2f}" for key in ("copies_to_host_a_round", "waits_a_round")]
+    return [*counts, f"{max(0.0, 1 - profiled['busy_ms_a_round'] / round_ms):.1%}"]
 
 
 def _sample(point: dict[str, Any]) -> Sample:

@@ -21,6 +21,8 @@ from specdec.bench.gpu_store import DeviceTimer, Point, Setup, Store, Value, cop
 from specdec.types import TokenTree
 
 COPY = "copy"
+EAGER, CAPTURED, COMPILED = "eager", "captured", "captured, layers compiled"
+MODES = (EAGER, CAPTURED, COMPILED)
 _MODELS: dict[str, Shape] = {"Llama-3.2-1B": LLAMA_1B, "Qwen3-4B": QWEN_4B, "Llama-3.1-8B": LLAMA_8B}
 _TINY: dict[str, Any] = {
     "hidden_size": 64,
@@ -34,23 +36,22 @@ _TINY: dict[str, Any] = {
 
 
 def run(setup: Setup) -> Store:
-    """Measure every shape eager and captured; a shape whose points are all there is not built."""
+    """Measure every shape eager, captured and compiled; a shape whose points are all there is not built."""
     store, timer = Store("step", setup), DeviceTimer(setup.device, setup.small)
     store.measure({"model": COPY}, lambda: copy_point(setup, timer))
     nodes, prefix = ((1, 5), 40) if setup.small else ((1, 4, 16, 32, 64), 2048)
     for known, shape in _MODELS.items():
         name = f"{known} made tiny" if setup.small else known
-        keys = [_settings(name, prefix, m, captured) for captured in (False, True) for m in nodes]
+        modes = MODES[:2] if setup.small else MODES
+        keys: list[dict[str, Value]] = [
+            {"model": name, "prefix": prefix, "nodes": m, "forward": mode} for mode in modes for m in nodes
+        ]
         missing = [key for key in keys if store.find(key) is None]
         if missing:
             _measure(store, timer, setup, {**shape, **(_TINY if setup.small else {})}, missing)
             gc.collect()
             torch.cuda.empty_cache()
     return store
-
-
-def _settings(name: str, prefix: int, nodes: int, captured: bool) -> dict[str, Value]:
-    return {"model": name, "prefix": prefix, "nodes": nodes, "captured": captured}
 
 
 def _measure(store: Store, timer: DeviceTimer, setup: Setup, shape: Shape, missing: list[dict[str, Value]]) -> None:
@@ -66,7 +67,7 @@ class _Bench:
         self._shape, self._setup, self._timer = shape, setup, timer
         self._model: Any = None
         self._runner: Any = None
-        self._captured: bool | None = None
+        self._mode: str | None = None
         self._said: list[str] = []
 
     def point(self, settings: dict[str, Value]) -> Point:
@@ -76,7 +77,7 @@ class _Bench:
         assert isinstance(prefix, int)
         tree = _binary_tree(nodes, self._setup.device)
         with specdec_warnings(self._said):
-            runner = self._prepared(bool(settings["captured"]), prefix)
+            runner = self._prepared(str(settings["forward"]), prefix)
             for _ in range(3):
                 runner.score(tree)
         ms = self._clock(lambda: runner.score(tree))
@@ -90,18 +91,19 @@ class _Bench:
         rate = read / ms * 1e3
         return {**results, "bytes": read, "bytes_per_s": rate, "share_of_nominal": rate / nominal if nominal else None}
 
-    def _prepared(self, captured: bool, prefix: int) -> Any:
+    def _prepared(self, mode: str, prefix: int) -> Any:
         if self._model is None:
             dtype = torch.float32 if self._setup.small else torch.bfloat16
             self._model = random_of_shape(self._shape, dtype=dtype, device=self._setup.device)
-        if self._captured != captured:
+        if self._mode != mode:
             self._said.clear()
-            options = RunnerOptions(capture="auto" if captured else "off", capture_after=2)
+            compiled = "layers" if mode == COMPILED else "off"
+            options = RunnerOptions(capture="off" if mode == EAGER else "auto", capture_after=2, compile=compiled)  # type: ignore[arg-type]
             self._runner = SpeculativeGenerator(self._model, options=options).engine.runner
             self._runner.begin(1, prefix + 256)
             generator = torch.Generator().manual_seed(0)
             self._runner.prefill([torch.randint(self._model.config.vocab_size, (prefix,), generator=generator).tolist()])
-            self._captured = captured
+            self._mode = mode
         return self._runner
 
     def _clock(self, step: Any) -> float:

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from specdec.drafters.base import DraftSetup
 from specdec.drafters.expansion import Expansion
 from specdec.errors import SpecDecError, VocabularyMismatchError
+from specdec.kernels.transfer import on_device
 from specdec.linear import cpu_has_fast_bf16
 from specdec.noise import Stream
 from specdec.rows import next_rows
 from specdec.runner import ModelRunner, RunnerOptions
 from specdec.trees.chain import chain_tree
+from specdec.trees.host import tree_from_lists
 from specdec.trees.layout import chain_parents
 from specdec.types import Budget, Committed, Draft, Law, TokenTree
 from specdec.verify.chooser import NoiseChooser
@@ -67,9 +69,13 @@ class DraftModelDrafter:
         self._arrange(budget.requests)
         depth = self._depth(budget)
         if depth == 0:
-            roots = torch.tensor([[self._texts[r][-1]] for r in budget.requests], device=self.runner.device)
+            roots = on_device([[self._texts[r][-1]] for r in budget.requests], self.runner.device)
             return Draft(chain_tree(roots, (), (0,) * len(budget.requests), self._line), self._law)
-        roots, logits = self._catch_up(budget.requests)
+        pending = self._pending(budget.requests)
+        whole = self._whole_chain(pending, budget, depth)
+        if whole is not None:
+            return whole
+        roots, logits = self.runner.extend(pending)
         if self.shape == "tree":
             return Draft(self._grow(roots[:, 0], logits, budget, depth), Law.DETERMINISTIC)
         return self._chain(roots, logits, budget, depth)
@@ -96,12 +102,23 @@ class DraftModelDrafter:
         longest = max([len(self._texts[r]) for r in budget.requests])
         return depth if limit is None or longest + depth <= limit else 0
 
-    def _catch_up(self, requests: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Take in the tokens committed since the last forward; the last of them [B, 1], and [B, V] logits behind it."""
+    def _pending(self, requests: Sequence[int]) -> list[list[int]]:
+        """The tokens committed since the last forward, one or more a request; what was drafted leaves the cache."""
         cache = self.runner.cache
         cache.lengths = [min(n, len(self._texts[r]) - 1) for n, r in zip(cache.lengths, requests, strict=True)]
-        pending = [self._texts[r][n:] for n, r in zip(cache.lengths, requests, strict=True)]
-        return self.runner.extend(pending)
+        return [self._texts[r][n:] for n, r in zip(cache.lengths, requests, strict=True)]
+
+    def _whole_chain(self, pending: list[list[int]], budget: Budget, depth: int) -> Draft | None:
+        """A greedy chain in one replay; None where the runner has none, or where drawing is left to be done here."""
+        if self.shape == "tree" or self._setup.sampling is not None or budget.stop is not None or not self.runner.replays:
+            return None
+        lines = [list(range(-1, len(text) - 1)) for text in pending]
+        drafted = self.runner.whole_chain(tree_from_lists(pending, lines, self.runner.device), depth)
+        if drafted is None:
+            return None
+        counts = tuple(map(min, budget.nodes, budget.depth))
+        roots = on_device([text[-1:] for text in pending], self.runner.device)
+        return Draft(chain_tree(roots, drafted.split(1, 1), counts, self._line), Law.DETERMINISTIC)
 
     def _chain(self, roots: Tensor, logits: Tensor, budget: Budget, depth: int) -> Draft:
         """Draw one token after the other, each from the law given the ones before it."""
@@ -129,7 +146,7 @@ class DraftModelDrafter:
         sampling = self._setup.sampling
         if sampling is None or self._law is Law.DETERMINISTIC:
             return lambda logits, drafted: (logits.argmax(-1, keepdim=True), logits)
-        requests, starts = torch.tensor([slots, lengths], device=self.runner.device)
+        requests, starts = on_device([slots, lengths], self.runner.device)
         chooser = NoiseChooser(sampling.noise, requests, starts, Stream.DRAFT)
 
         def draw(logits: Tensor, drafted: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -146,7 +163,7 @@ class DraftModelDrafter:
         lengths = tuple(self.runner.cache.lengths)
         growth = Expansion(logits, width=max(budget.width), lengths=lengths)
         for _ in range(depth - 1):
-            rows = growth.rows()
+            rows = growth.rows(self.runner.cache.shared)
             self.runner.cache.ensure(rows.span)
             growth.expand(self.runner.forward(rows)[0])
         return growth.tree(roots, budget)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specdec.kernels.rows import Rows
+from specdec.kernels.rows import Rows, Shared
+from specdec.kernels.transfer import on_device
 from specdec.trees.rerank import rerank
 from specdec.types import Budget, TokenTree
 
@@ -32,16 +33,16 @@ class Expansion:
     def _numbers(self, start: int, count: int) -> Tensor:
         return torch.arange(start, start + count, device=self._device).expand(len(self._lengths), -1)
 
-    def rows(self) -> Rows:
-        """The rows of one forward over the frontier of every request."""
+    def rows(self, shared: tuple[Shared, ...]) -> Rows:
+        """The rows of one forward over the frontier of every request. shared: as in `Rows`."""
         width, written = self._width, self._level * self._width
         base = tuple(length + written for length in self._lengths)
-        start = torch.tensor(base, device=self._device)[:, None]
+        start = on_device(base, self._device)[:, None]
         slots = (start + torch.arange(width, device=self._device)).reshape(-1)
         positions = (start - written + self._level).expand(-1, width).reshape(1, -1)
         sizes = (width,) * len(base)
         tokens = self._frontier_tokens.reshape(1, -1)
-        return Rows(self._lengths, sizes, tokens, positions, slots, base, self._seen, self._offsets)
+        return Rows(self._lengths, sizes, tokens, positions, slots, base, self._seen, self._offsets, shared)
 
     def expand(self, logits: Tensor) -> None:
         """Take in the frontier's logits [B * W, V] in the order of `rows`."""
@@ -73,7 +74,7 @@ class Expansion:
         scores, tokens, parents = (torch.cat(x, 1) for x in (self._scores, self._tokens, self._parents))
         within = [sum(level.shape[1] for level in self._scores[:depth]) for depth in budget.depth]
         if min(within) < scores.shape[1]:
-            limits = torch.tensor(within, device=scores.device)[:, None]
+            limits = on_device(within, scores.device)[:, None]
             scores = scores.masked_fill(torch.arange(scores.shape[1], device=scores.device) >= limits, float("-inf"))
         counts = tuple(min(n, w) for n, w in zip(budget.nodes, within, strict=True))
         return rerank(roots, tokens, parents, scores, counts)

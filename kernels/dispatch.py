@@ -44,7 +44,7 @@ class AttentionContext:
         self.rows = rows
         self.layers = layers
         self.backend = "sdpa" if backend == "triton" and max(rows.sizes) > _MOST_TREE_ROWS else backend
-        self._items: Items | None = None
+        self._items: list[Items] | None = None
         self._masks: dict[tuple[int | None, int, torch.dtype], Tensor | None] = {}
         self._seen: dict[int | None, Tensor] = {}
         self._span = min(-(-rows.span // tile) * tile, layers[0][0].shape[2])
@@ -111,7 +111,7 @@ class AttentionContext:
 
         if self._items is None:
             self._items = items_of(self.rows)
-        return tree_attention(query[0].transpose(0, 1), KeyValues(*self.layers[layer]), [self._items], how)[None]
+        return tree_attention(query[0].transpose(0, 1), KeyValues(*self.layers[layer]), self._items, how)[None]
 
     def _sdpa(self, query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
         batch, heads, nodes, width = query.shape
@@ -150,6 +150,26 @@ class AttentionContext:
         elif size > 1:
             mask[:, :, length:span] = torch.full((size, size), float("-inf"), dtype=dtype, device=device).triu_(1)
         return mask.view(1, 1, group * size, self._span)
+
+
+class DeviceContext:
+    """The attention context of a captured forward: everything that changes lies in tensors of fixed place and size."""
+
+    def __init__(self, slots: Tensor, row_of: Tensor, groups: list[Items], layers: list[tuple[Tensor, Tensor]]) -> None:
+        """slots, row_of: [R] int64, where each row is written and its cache row.  groups: as in `tree_attention`."""
+        self.slots, self.row_of, self.groups, self.layers = slots, row_of, groups, layers
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, layer: int, scale: float, window: int | None, softcap: float | None
+    ) -> Tensor:
+        """See `AttentionContext.attend`."""
+        from specdec.kernels.tree_attention import tree_attention
+
+        keys, values = self.layers[layer]
+        keys[self.row_of, :, self.slots] = key[0].transpose(0, 1)
+        values[self.row_of, :, self.slots] = value[0].transpose(0, 1)
+        how = Logits(scale, window, softcap)
+        return tree_attention(query[0].transpose(0, 1), KeyValues(keys, values), self.groups, how)[None]
 
 
 def choose_backend(wanted: Backend, device: torch.device, widths: set[tuple[int, int]]) -> Backend:

@@ -1,4 +1,4 @@
-"""The PyTorch twins of the compaction, acceptance and sampling kernels: the definition of correct."""
+"""The PyTorch twins of the kernels of a round but attention: the definition of correct."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from specdec.kernels.tiles import Items
 
 
 class Accepted(NamedTuple):
@@ -18,6 +20,59 @@ class Accepted(NamedTuple):
     num_accepted: Tensor
     next_token: Tensor
     path: Tensor
+
+
+class TreeRows(NamedTuple):
+    """The packed rows of a batch of trees, R of them, padding included, on the device.
+
+    tokens, slots, row_of: [R] int64, where each row is written and the cache row it belongs to.  place: [B, N] int64, the packed
+    row of node n of request b; padding repeats the root's.  items: what attention is told of them.
+    """
+
+    tokens: Tensor
+    slots: Tensor
+    row_of: Tensor
+    place: Tensor
+    items: Items
+
+
+def empty_rows(batch: int, nodes: int, rows: int, most_slots: int, device: torch.device) -> TreeRows:
+    """Room for the rows of trees of at most so many nodes; words for whole powers of two."""
+    words = 1 << (-(-nodes // 64) - 1).bit_length()
+    flat = torch.empty(4, rows, dtype=torch.int64, device=device)
+    bits = torch.empty(rows, words, dtype=torch.int64, device=device)
+    offsets = torch.zeros(batch, 64 * words, dtype=torch.int64, device=device)
+    table = torch.zeros(batch, 6, dtype=torch.int64, device=device)
+    items = Items(table, flat[1], min(nodes, rows), most_slots, bits, offsets)
+    return TreeRows(flat[0], flat[2], flat[3], torch.empty(batch, nodes, dtype=torch.int64, device=device), items)
+
+
+def tree_rows(
+    tokens: Tensor, parents: Tensor, num_nodes: Tensor, lengths: Tensor, rows: int, most_slots: int, scratch: int
+) -> TreeRows:
+    """Twin of `tree_rows.tree_rows`, node by node."""
+    batch, nodes = tokens.shape
+    out = empty_rows(batch, nodes, rows, most_slots, tokens.device)
+    bits, offsets = out.items.bits, out.items.offsets
+    assert bits is not None
+    assert offsets is not None
+    out.tokens.zero_(), out.items.positions.zero_(), out.row_of.zero_(), out.slots.fill_(scratch), bits.zero_()
+    bits[:, 0] = 1
+    first = 0
+    for b, (size, length) in enumerate(zip(num_nodes.tolist(), lengths.tolist(), strict=True)):
+        out.items.table[b] = torch.tensor([first, size, b, 0, length, length + size])
+        out.place[b] = torch.tensor([first + (n if n < size else 0) for n in range(nodes)])
+        seen: list[list[int]] = []
+        for n in range(size):
+            seen.append([*(seen[int(parents[b, n])] if n else []), n])
+            row, depth = first + n, len(seen[n]) - 1
+            out.tokens[row], out.items.positions[row], offsets[b, n] = tokens[b, n], length + depth, depth
+            out.slots[row], out.row_of[row] = length + n, b
+            for word in range(bits.shape[1]):
+                value = sum(1 << (m % 64) for m in seen[n] if m // 64 == word)
+                bits[row, word] = value - (1 << 64) if value >> 63 else value
+        first += size
+    return out
 
 
 def kv_compact(cache: Tensor, lengths: Tensor, paths: Tensor, counts: Tensor) -> None:

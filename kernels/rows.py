@@ -11,6 +11,16 @@ import torch
 from torch import Tensor
 
 from specdec.kernels.tiles import Items
+from specdec.kernels.transfer import on_device
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """Cache rows first to end - 1, whose first `slots` slots hold the same keys and values."""
+
+    first: int
+    end: int
+    slots: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +32,7 @@ class Rows:
     request's rows fill the slots from `base[b]` on, in order.  tree: [B, N, T] bool, whether row n of a request sees its slot
     lengths[b] + t; None means that the rows are a chain behind the committed tokens (base == lengths).
     offsets: [B, T] positions of those T slots less lengths[b]; only windows need them, None for a chain.
+    shared: common prefixes, which an attention may read once for all their rows.
     """
 
     lengths: tuple[int, ...]
@@ -32,6 +43,7 @@ class Rows:
     base: tuple[int, ...]
     tree: Tensor | None = None
     offsets: Tensor | None = None
+    shared: tuple[Shared, ...] = ()
 
     @property
     def span(self) -> int:
@@ -48,7 +60,7 @@ class Rows:
 def request_of_row(rows: Rows) -> Tensor:
     """[R] int64, the cache row of each packed row."""
     device = rows.slots.device
-    sizes = torch.tensor(rows.sizes, device=device)
+    sizes = on_device(rows.sizes, device)
     return torch.repeat_interleave(torch.arange(len(rows.sizes), device=device), sizes, output_size=sum(rows.sizes))
 
 
@@ -57,7 +69,7 @@ def padded_index(sizes: Sequence[int], device: torch.device) -> Tensor:
     widest, last = max(sizes), sum(sizes) - 1
     starts = [min(sum(sizes[:b]), last) for b in range(len(sizes))]
     table = [[start + (n if n < size else 0) for n in range(widest)] for start, size in zip(starts, sizes, strict=True)]
-    return torch.tensor(table, device=device)
+    return on_device(table, device)
 
 
 def _chain_tree(rows: Rows) -> tuple[Tensor, Tensor]:
@@ -77,7 +89,7 @@ def visible(rows: Rows, span: int, window: int | None = None) -> Tensor:
     tree, offsets = (rows.tree, rows.offsets) if rows.tree is not None else _chain_tree(rows)
     batch, _, width = tree.shape
     device = rows.slots.device
-    lengths = torch.tensor(rows.lengths, device=device)[:, None]
+    lengths = on_device(rows.lengths, device)[:, None]
     slots = torch.arange(span, device=device)
     inside = (slots - lengths).clamp(0, width - 1)
     behind = slots < lengths
@@ -90,14 +102,34 @@ def visible(rows: Rows, span: int, window: int | None = None) -> Tensor:
     return seen
 
 
-def items_of(rows: Rows) -> Items:
-    """What the tree attention kernel is told of these rows: one item a request."""
+def items_of(rows: Rows) -> list[Items]:
+    """What the tree attention kernel is told of these rows: an item a request, and before them an item a shared prefix."""
     device, starts = rows.slots.device, list(accumulate(rows.sizes, initial=0))
-    ends = map(add, rows.base, rows.sizes)
-    table = [[starts[b], rows.sizes[b], b, 0, rows.lengths[b], end] for b, end in enumerate(ends)]
+    begins = private_from(rows.shared, len(rows.sizes))
+    ends = list(map(add, rows.base, rows.sizes))
+    table = [[starts[b], rows.sizes[b], b, begins[b], rows.lengths[b], end] for b, end in enumerate(ends)]
     bits = None if rows.tree is None else ancestor_words(rows.tree, rows.sizes)
-    slots = 1 << (rows.span - 1).bit_length()
-    return Items(torch.tensor(table, device=device), rows.positions[0].contiguous(), max(rows.sizes), slots, bits, rows.offsets)
+    positions = rows.positions[0].contiguous()
+    most = power_of_two(max(end - begin for begin, end in zip(begins, ends, strict=True)))
+    own = Items(on_device(table, device), positions, max(rows.sizes), most, bits, rows.offsets)
+    if not rows.shared:
+        return [own]
+    common = [[starts[s.first], starts[s.end] - starts[s.first], s.first, 0, s.slots, s.slots] for s in rows.shared]
+    most_rows, most = (power_of_two(max(line[i] for line in common)) for i in (1, 4))
+    return [Items(on_device(common, device), positions, most_rows, most), own]
+
+
+def private_from(shared: Sequence[Shared], num_requests: int) -> list[int]:
+    """For each cache row the first slot that it does not share."""
+    begins = [0] * num_requests
+    for common in shared:
+        begins[common.first : common.end] = [common.slots] * (common.end - common.first)
+    return begins
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is n or more: captured launches go by it."""
+    return 1 << (n - 1).bit_length()
 
 
 def ancestor_words(tree: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -107,4 +139,4 @@ def ancestor_words(tree: Tensor, sizes: Sequence[int]) -> Tensor:
     if len(sizes) == 1:
         return words[0, : sizes[0]]
     live = [b * tree.shape[1] + n for b, size in enumerate(sizes) for n in range(size)]
-    return words.flatten(0, 1)[torch.tensor(live, device=tree.device)]
+    return words.flatten(0, 1)[on_device(live, tree.device)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -11,26 +11,39 @@ from torch import Tensor
 
 from specdec.drafters.base import Drafter, Paths
 from specdec.errors import NonFiniteLogitsError
+from specdec.kernels.transfer import on_device
 from specdec.noise import Noise, Stream
 from specdec.planner import Planner
 from specdec.runner import ModelRunner
-from specdec.types import Budget, Committed, Draft, Law, Load, RoundStats, Scores, TokenTree, Verdict
+from specdec.types import Budget, Committed, Draft, Law, Load, RoundStats, Scores, TokenTree
 from specdec.verify.chooser import NoiseChooser
 from specdec.verify.compatibility import Rule
+from specdec.verify.walk import verdict_rows
 
 # (logits [R, V], paths) to processed logits [R, V]; None leaves logits as they are.
 Process = Callable[[Tensor, Paths], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """What a round gave. paths: accepted nodes of each row.  scores, raw: processed and raw logits at every node."""
+class Judged:
+    """What verification gave, all in place in the target's cache. scored, verified: when each phase ended.
+
+    scores, raw: processed and raw logits at every node; None for a round that was one replay.
+    """
 
     committed: Committed
-    paths: tuple[tuple[int, ...], ...]
+    scored: float
+    verified: float
+    scores: Scores | None = None
+    raw: Scores | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a round gave."""
+
+    judged: Judged
     stats: RoundStats
-    scores: Scores
-    raw: Scores
 
 
 class Controller:
@@ -44,13 +57,19 @@ class Controller:
         planner: Planner,
         noise: Noise,
         process: Process | None,
+        *,
+        needs_scores: bool = True,
     ) -> None:
-        """rule and drafter are a compatible pair; target and drafter have begun the batch."""
+        """rule and drafter are a compatible pair; target and drafter have begun the batch.
+
+        needs_scores: every step is to carry its scores, so that no round is one replay.
+        """
         self.target, self.drafter, self.rule, self.planner = target, drafter, rule, planner
         self.noise, self.process = noise, process
         nothing = torch.zeros(0, dtype=torch.long, device=target.device)
         self._runners: list[ModelRunner] = [target, *filter(None, [getattr(drafter, "runner", None)])]
         self._idle = NoiseChooser(noise, nothing, nothing, Stream.ACCEPT)
+        self._whole = rule.name == "greedy" and process is None and not needs_scores
 
     def step(self, load: Load, last_tokens: Sequence[int]) -> Step:
         """One round for load.requests, which are the cache's rows in order; last_tokens[i] is node 0 of row i."""
@@ -58,19 +77,35 @@ class Controller:
         budget = self.planner.plan(load)
         draft = self.planner.select(self._propose(budget, last_tokens))
         drafted = perf_counter()
+        judged = self._replay(draft, load) or self._judge(draft, load)
+        if self.drafter is not None:
+            self.drafter.commit(judged.committed)
+        stats = _round_stats(draft, budget, judged, (began, drafted, perf_counter()), self._forward_s() - forward_s)
+        self.planner.observe(stats)
+        return Step(judged, stats)
+
+    def _replay(self, draft: Draft, load: Load) -> Judged | None:
+        """Score, verify and commit in one replay, where rule and sizes allow it."""
+        whole = self.target.whole_round(draft.tree) if self._whole else None
+        if whole is None:
+            return None
+        scored = perf_counter()
+        committed = committed_of(whole.verdict, load.requests, whole.taps)
+        self.target.advance(committed.num_accepted)
+        return Judged(committed, scored, perf_counter())
+
+    def _judge(self, draft: Draft, load: Load) -> Judged:
+        """Score, verify and commit, one after the other."""
         raw = self.target.score(draft.tree)
         scored = perf_counter()
         scores = self._processed(raw, draft.tree, load.requests)
         verdict = self.rule.verify(draft, scores, self._chooser(load))
-        committed, paths = on_host(verdict, draft.tree, load.requests, raw)
+        # The round's one synchronisation.
+        rows = verdict_rows(verdict, draft.tree.tokens).tolist()
+        committed = committed_of(rows, load.requests, raw.taps, is_chain=verdict.path is None)
         verified = perf_counter()
-        self.target.commit(paths)
-        if self.drafter is not None:
-            self.drafter.commit(committed)
-        marks = (began, drafted, scored, verified, perf_counter())
-        stats = _round_stats(draft, budget, committed, marks, self._forward_s() - forward_s)
-        self.planner.observe(stats)
-        return Step(committed, paths, stats, scores, raw)
+        self.target.commit(committed.paths)
+        return Judged(committed, scored, verified, scores, raw)
 
     def _propose(self, budget: Budget, last_tokens: Sequence[int]) -> Draft:
         if self.drafter is None:
@@ -90,35 +125,35 @@ class Controller:
         if self.rule.name == "greedy":
             return self._idle
         device = self.target.device
-        requests, starts = torch.tensor([load.requests, load.lengths], device=device)
+        requests, starts = on_device([load.requests, load.lengths], device)
         return NoiseChooser(self.noise, requests, starts, Stream.ACCEPT)
 
     def _forward_s(self) -> float:
         return sum(runner.forward_s for runner in self._runners)
 
 
-def _round_stats(draft: Draft, budget: Budget, committed: Committed, marks: tuple[float, ...], forward_s: float) -> RoundStats:
-    """marks: the times at which drafting began and each phase ended."""
-    began, drafted, scored, verified, ended = marks
+def _round_stats(draft: Draft, budget: Budget, judged: Judged, marks: tuple[float, float, float], forward_s: float) -> RoundStats:
+    """marks: when the round began, when it had drafted, and when it ended."""
+    began, drafted, ended = marks
     sizes = draft.tree.num_nodes
     drafted_tokens = tuple([n - 1 for n in sizes])
     return RoundStats(
-        requests=committed.requests,
+        requests=judged.committed.requests,
         drafted=drafted_tokens,
-        accepted=committed.num_accepted,
+        accepted=judged.committed.num_accepted,
         depth=tuple(map(min, drafted_tokens, budget.depth)),
         num_rows=sum(sizes),
         draft_s=drafted - began,
-        target_s=scored - drafted,
-        verify_s=verified - scored,
-        other_s=ended - verified,
+        target_s=judged.scored - drafted,
+        verify_s=judged.verified - judged.scored,
+        other_s=ended - judged.verified,
         forward_s=forward_s,
     )
 
 
 def root_tree(tokens: Sequence[int], device: torch.device) -> TokenTree:
     """Trees of one node: plain decoding."""
-    roots = torch.tensor(tokens, device=device)[:, None]
+    roots = on_device(tokens, device)[:, None]
     return TokenTree(roots, torch.full_like(roots, -1), (1,) * len(tokens), is_chain=True)
 
 
@@ -135,27 +170,22 @@ def paths_of(tree: TokenTree, requests: tuple[int, ...]) -> list[tuple[int, tupl
     return paths
 
 
-def on_host(
-    verdict: Verdict, tree: TokenTree, requests: tuple[int, ...], scores: Scores
-) -> tuple[Committed, tuple[tuple[int, ...], ...]]:
-    """The round's one synchronisation: the verdict as host values, and each row's accepted path.
+def committed_of(
+    verdict: list[list[int]], requests: tuple[int, ...], taps: Mapping[str, Tensor], *, is_chain: bool = False
+) -> Committed:
+    """A round's additions from what was read back. verdict: rows of `verdict_rows`.
 
     Raises NonFiniteLogitsError where a token would have been chosen from a row with NaN; nothing is committed then.
     """
-    heads = verdict.num_accepted[:, None], verdict.next_token[:, None]
-    if verdict.path is None:
-        rows = torch.cat((*heads, tree.tokens[:, 1:]), 1).tolist()
-    else:
-        rows = torch.cat((*heads, tree.tokens.gather(1, verdict.path), verdict.path), 1).tolist()
     counts, tokens, paths, bad = [], [], [], []
-    for request, (count, token, *rest) in zip(requests, rows, strict=True):
+    for request, (count, token, *rest) in zip(requests, verdict, strict=True):
         counts.append(count)
         tokens.append((*rest[:count], token))
-        paths.append(tuple(range(1, count + 1) if verdict.path is None else rest[len(rest) // 2 :][:count]))
+        paths.append(tuple(range(1, count + 1) if is_chain else rest[len(rest) // 2 :][:count]))
         if token < 0:
             bad.append(request)
     if bad:
         raise NonFiniteLogitsError(
             f"the target's logits are NaN for request(s) {bad}; check the weights and dtype, or pass remove_invalid_values=True"
         )
-    return Committed(requests, tuple(tokens), tuple(counts), verdict.path, scores.taps), tuple(paths)
+    return Committed(requests, tuple(tokens), tuple(counts), tuple(paths), taps)

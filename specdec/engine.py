@@ -9,7 +9,7 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
-from specdec.controller import Controller, Step
+from specdec.controller import Controller, Judged, Step
 from specdec.drafters.base import Drafter, DraftSampling, DraftSetup
 from specdec.errors import SpecDecError, VocabularyMismatchError
 from specdec.metrics import SpeculationStats, StatsCollector
@@ -104,7 +104,8 @@ class Engine:
                 sampling = DraftSampling(process or _upcast, call.noise)
             drafter.begin(call.prompts, DraftSetup(self.runner.device, self.runner.vocabulary, capacity, law, sampling))
         planner = FixedPlanner(nodes=0) if drafter is None else self.planner
-        return Controller(self.runner, drafter, rule, planner, call.noise, process)
+        needs_scores = call.keep_scores or call.keep_logits
+        return Controller(self.runner, drafter, rule, planner, call.noise, process, needs_scores=needs_scores)
 
 
 def _upcast(logits: Tensor, paths: object) -> Tensor:
@@ -155,13 +156,14 @@ class _Run:
     def _take(self, step: Step) -> None:
         """Cut each request's new tokens where it stops, keep and emit them, and retire the finished requests."""
         remaining: list[int] = []
-        for row, (request, new) in enumerate(zip(step.committed.requests, step.committed.tokens, strict=True)):
+        committed = step.judged.committed
+        for row, (request, new) in enumerate(zip(committed.requests, committed.tokens, strict=True)):
             kept, finished = self.call.stopping.cut(request, new)
             tokens = new[:kept]
             self.tokens[request].extend(tokens)
             self.call.processing.commit(request, tokens)
             if self.call.keep_scores or self.call.keep_logits:
-                self._keep_rows(step, row, request, kept)
+                self._keep_rows(step.judged, row, request, kept)
             if self.call.emit is not None and tokens:
                 self.call.emit(request, tokens)
             if not finished:
@@ -170,9 +172,11 @@ class _Run:
             self.active = [self.active[row] for row in remaining]
             self.engine.runner.cache.arrange(remaining)
 
-    def _keep_rows(self, step: Step, row: int, request: int, kept: int) -> None:
-        nodes: Sequence[int] = (0, *step.paths[row])[:kept]
+    def _keep_rows(self, judged: Judged, row: int, request: int, kept: int) -> None:
+        assert judged.scores is not None
+        assert judged.raw is not None
+        nodes: Sequence[int] = (0, *judged.committed.paths[row])[:kept]
         if self.call.keep_scores:
-            self.scores[request].extend(step.scores.logits[row, n].float() for n in nodes)
+            self.scores[request].extend(judged.scores.logits[row, n].float() for n in nodes)
         if self.call.keep_logits:
-            self.logits[request].extend(step.raw.logits[row, n].float() for n in nodes)
+            self.logits[request].extend(judged.raw.logits[row, n].float() for n in nodes)

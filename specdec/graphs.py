@@ -10,17 +10,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from specdec.cache import KVCache
+from specdec.kernels.dispatch import DeviceContext
 from specdec.kernels.rows import Rows, items_of, request_of_row
-from specdec.kernels.tiles import Items, KeyValues, Logits
+from specdec.kernels.tiles import Items
 
 logger = logging.getLogger(__name__)
 
+# The buffers of a capture.
+B = TypeVar("B")
 Outputs = tuple[Tensor, ...]
 # (tokens [1, R], positions [1, R], context) to logits [R, V] and taps [R, H].
 Eager = Callable[[Tensor, Tensor, Any], Outputs]
@@ -40,18 +43,27 @@ class Recorder(Protocol):
         """A replay, and the outputs that each replay fills anew."""
 
 
-def cuda_graph(run: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
-    """Captures on a side stream after two warm-up runs, as torch.cuda.graph asks for."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = run()
-    return graph.replay, outputs
+class CudaGraphs:
+    """Records on a GPU. All graphs of one recorder take their memory from one pool: they are replayed one after the other."""
+
+    def __init__(self) -> None:
+        """The pool is made with the first graph."""
+        self._pool: Any = None
+
+    def __call__(self, run: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
+        """Capture on a side stream after two warm-up runs, as torch.cuda.graph asks for."""
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            outputs = run()
+        return graph.replay, outputs
 
 
 def run_again(run: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
@@ -65,20 +77,72 @@ def run_again(run: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
     return replay, outputs
 
 
-class _StaticContext:
-    """The attention context of a captured forward: everything that changes lies in tensors of fixed place and size."""
+@dataclass(frozen=True, slots=True)
+class Captured(Generic[B]):
+    """One recorded bucket: the buffers that its inputs are copied into, its replay, and what that fills."""
 
-    def __init__(self, rows: int, requests: int, words: int, like: Items, layers: list[tuple[Tensor, Tensor]]) -> None:
-        device = like.table.device
-        self.rows, self.layers = rows, layers
+    buffers: B
+    replay: Callable[[], None]
+    outputs: Outputs
+
+
+class Captures(Generic[B]):
+    """What has been recorded, by key. One thing that cannot be recorded ends recording, with the reason logged once."""
+
+    def __init__(self, capture_after: int, most: int, record: Recorder) -> None:
+        """capture_after: calls of one key before it is captured.  most: captures kept."""
+        self._capture_after, self._most, self._record = capture_after, most, record
+        self._seen: dict[tuple[int, ...], int] = {}
+        self._found: dict[tuple[int, ...], Captured[B]] = {}
+        self._layers: list[tuple[Tensor, Tensor]] | None = None
+        self.refused: str | None = None
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def get(self, key: tuple[int, ...], cache: KVCache, make: Callable[[], tuple[B, Callable[[], Outputs]]]) -> Captured[B] | None:
+        """The capture of this key, or None where there is none (yet). make: filled buffers, and what to record over them."""
+        if self.refused is not None:
+            return None
+        if cache.layers is not self._layers:
+            self.clear()
+            self._layers = cache.layers
+        return self._found.get(key) or self._consider(key, make)
+
+    def _consider(self, key: tuple[int, ...], make: Callable[[], tuple[B, Callable[[], Outputs]]]) -> Captured[B] | None:
+        self._seen[key] = self._seen.get(key, 0) + 1
+        if self._seen[key] < self._capture_after or len(self._found) >= self._most:
+            return None
+        buffers, run = make()
+        try:
+            replay, outputs = self._record(run)
+        except RuntimeError as error:
+            # What a graph cannot hold (a synchronisation, an allocation outside its pool) is a RuntimeError of torch's.
+            self.refused = str(error).splitlines()[0]
+            logger.warning("specdec runs without CUDA graphs: %s", self.refused)
+            return None
+        self._found[key] = Captured(buffers, replay, outputs)
+        return self._found[key]
+
+    def clear(self) -> None:
+        """Forget all captures: the cache or the weights moved."""
+        self._found.clear()
+
+
+class _Buffers:
+    """Rows of fixed number and place."""
+
+    def __init__(self, rows: int, words: int, like: list[Items]) -> None:
+        own, device = like[-1], like[-1].table.device
+        self.rows = rows
         self.tokens, self.positions = (torch.zeros(1, rows, dtype=torch.long, device=device) for _ in range(2))
         self.slots, self.row_of = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(2))
-        table = torch.zeros(requests, 6, dtype=torch.long, device=device)
         bits = torch.zeros(rows, words, dtype=torch.long, device=device) if words else None
-        offsets = torch.zeros(requests, 64 * words, dtype=torch.long, device=device) if words else None
-        self.items = Items(table, self.positions[0], rows, like.most_slots, bits, offsets)
+        offsets = torch.zeros(own.table.shape[0], 64 * words, dtype=torch.long, device=device) if words else None
+        common = [Items(torch.zeros_like(x.table), self.positions[0], x.most_rows, x.most_slots) for x in like[:-1]]
+        self.items = [*common, Items(torch.zeros_like(own.table), self.positions[0], rows, own.most_slots, bits, offsets)]
 
-    def fill(self, rows: Rows, items: Items, scratch: int) -> None:
+    def fill(self, rows: Rows, items: list[Items], scratch: int) -> None:
         """Take in a round's rows; padding rows write to the scratch slot of cache row 0."""
         live = rows.slots.shape[0]
         self.tokens[:, :live].copy_(rows.tokens)
@@ -88,79 +152,42 @@ class _StaticContext:
             self.row_of[:live].copy_(request_of_row(rows))
         if live < self.rows:
             self.tokens[:, live:], self.positions[:, live:], self.slots[live:], self.row_of[live:] = 0, 0, scratch, 0
-        self.items.table.copy_(items.table)
-        if self.items.bits is not None and items.bits is not None:
-            self.items.bits[:live].copy_(items.bits)
-        if self.items.offsets is not None and items.offsets is not None:
-            self.items.offsets[:, : items.offsets.shape[1]].copy_(items.offsets)
-
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, layer: int, scale: float, window: int | None, softcap: float | None
-    ) -> Tensor:
-        """See `AttentionContext.attend`."""
-        from specdec.kernels.tree_attention import tree_attention
-
-        keys, values = self.layers[layer]
-        keys[self.row_of, :, self.slots] = key[0].transpose(0, 1)
-        values[self.row_of, :, self.slots] = value[0].transpose(0, 1)
-        how = Logits(scale, window, softcap)
-        return tree_attention(query[0].transpose(0, 1), KeyValues(keys, values), [self.items], how)[None]
-
-
-@dataclass(frozen=True, slots=True)
-class _Captured:
-    context: _StaticContext
-    replay: Callable[[], None]
-    outputs: Outputs
+        for mine, new in zip(self.items, items, strict=True):
+            mine.table.copy_(new.table)
+            if mine.bits is not None and new.bits is not None:
+                mine.bits[:live].copy_(new.bits)
+            if mine.offsets is not None and new.offsets is not None:
+                mine.offsets[:, : new.offsets.shape[1]].copy_(new.offsets)
 
 
 class CapturedForwards:
     """Forwards by bucket of rows, number of requests, ancestor words and slots; each captured on its own."""
 
-    def __init__(self, eager: Eager, capture_after: int, most: int, record: Recorder = cuda_graph) -> None:
-        """capture_after: forwards of one bucket before it is captured.  most: captures kept."""
-        self._eager, self._capture_after, self._most, self._record = eager, capture_after, most, record
-        self._seen: dict[tuple[int, ...], int] = {}
-        self._captured: dict[tuple[int, ...], _Captured] = {}
-        self._layers: list[tuple[Tensor, Tensor]] | None = None
-        self.refused: str | None = None
+    def __init__(self, eager: Eager, capture_after: int, most: int, record: Recorder) -> None:
+        """eager: the forward to record.  capture_after, most, record: see `Captures`."""
+        self._eager = eager
+        self.captures: Captures[_Buffers] = Captures(capture_after, most, record)
 
     def forward(self, rows: Rows, cache: KVCache) -> Outputs | None:
         """Logits and taps of the live rows; None where this bucket is not captured (yet)."""
         size = bucket_of(rows.tokens.shape[1])
-        if self.refused is not None or size is None:
+        if size is None:
             return None
         cache.ensure(rows.span + 1)
-        if cache.layers is not self._layers:
-            self.clear()
-            self._layers = cache.layers
-        items = items_of(rows)
-        words = 0 if items.bits is None else items.bits.shape[1]
-        key = (size, len(rows.sizes), words, items.most_slots)
-        found = self._captured.get(key) or self._consider(key, rows, items, cache)
+        items, scratch = items_of(rows), cache.capacity - 1
+        bits = items[-1].bits
+        words = 0 if bits is None else bits.shape[1]
+
+        def make() -> tuple[_Buffers, Callable[[], Outputs]]:
+            buffers = _Buffers(size, words, items)
+            buffers.fill(rows, items, scratch)
+            context = DeviceContext(buffers.slots, buffers.row_of, buffers.items, cache.layers)
+            return buffers, lambda: self._eager(buffers.tokens, buffers.positions, context)
+
+        launches = [n for x in items for n in (x.table.shape[0], x.most_rows if x is not items[-1] else 0, x.most_slots)]
+        found = self.captures.get((size, words, *launches), cache, make)
         if found is None:
             return None
-        found.context.fill(rows, items, cache.capacity - 1)
+        found.buffers.fill(rows, items, scratch)
         found.replay()
         return tuple(out[: rows.slots.shape[0]].clone() for out in found.outputs)
-
-    def _consider(self, key: tuple[int, ...], rows: Rows, items: Items, cache: KVCache) -> _Captured | None:
-        self._seen[key] = self._seen.get(key, 0) + 1
-        if self._seen[key] < self._capture_after or len(self._captured) >= self._most:
-            return None
-        size, requests, words, _ = key
-        context = _StaticContext(size, requests, words, items, cache.layers)
-        context.fill(rows, items, cache.capacity - 1)
-        try:
-            replay, outputs = self._record(lambda: self._eager(context.tokens, context.positions, context))
-        except RuntimeError as error:
-            # What a graph cannot hold (a synchronisation, an allocation outside its pool) is a RuntimeError of torch's.
-            self.refused = str(error).splitlines()[0]
-            logger.warning("specdec runs without CUDA graphs: %s", self.refused)
-            return None
-        self._captured[key] = _Captured(context, replay, outputs)
-        return self._captured[key]
-
-    def clear(self) -> None:
-        """Forget all captures: the cache or the weights moved."""
-        self._captured.clear()

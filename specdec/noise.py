@@ -11,6 +11,8 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from specdec.kernels.transfer import on_device
+
 
 class Stream(IntEnum):
     """What a draw is for; draws of different streams are independent."""
@@ -47,7 +49,7 @@ class Noise:
 
     def key(self, stream: Stream, *counters: Tensor) -> Tensor:
         """One int64 key per element of the broadcast counters."""
-        key = mix(torch.as_tensor(self.seed, dtype=torch.int64, device=counters[0].device) + int(stream))
+        key = mix(on_device(self.seed, counters[0].device) + int(stream))
         for counter in counters:
             key = mix(key ^ mix(counter))
         return key

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from specdec.cache import KVCache
 from specdec.kernels.rows import Rows
+from specdec.kernels.transfer import on_device
 from specdec.trees.layout import ancestors, depths
 from specdec.types import TokenTree
 
@@ -19,21 +20,21 @@ def chain_rows(cache: KVCache, texts: Sequence[Sequence[int]]) -> Rows:
     base, sizes = tuple(cache.lengths), tuple(map(len, texts))
     span = max(map(add, base, sizes))
     cache.ensure(span)
-    tokens = torch.tensor([[token for text in texts for token in text]], device=cache.slots.device)
+    tokens = on_device([[token for text in texts for token in text]], cache.slots.device)
     if len(sizes) == 1:
         positions = cache.slots[base[0] : span]
     else:
         places = [n + i for n, size in zip(base, sizes, strict=True) for i in range(size)]
-        positions = torch.tensor(places, device=cache.slots.device)
-    return Rows(base, sizes, tokens, positions[None], positions, base)
+        positions = on_device(places, cache.slots.device)
+    return Rows(base, sizes, tokens, positions[None], positions, base, shared=cache.shared)
 
 
 def next_rows(cache: KVCache, ahead: int, tokens: Tensor) -> Rows:
     """One row for each row of the cache, `ahead` slots behind its tokens: a chain sees all before it. tokens: [B, 1]."""
     base = tuple([n + ahead for n in cache.lengths])
     cache.ensure(max(base) + 1)
-    slots = cache.slots[base[0] : base[0] + 1] if len(base) == 1 else torch.tensor(base, device=cache.slots.device)
-    return Rows(base, (1,) * len(base), tokens.view(1, -1), slots[None], slots, base)
+    slots = cache.slots[base[0] : base[0] + 1] if len(base) == 1 else on_device(base, cache.slots.device)
+    return Rows(base, (1,) * len(base), tokens.view(1, -1), slots[None], slots, base, shared=cache.shared)
 
 
 def tree_rows(cache: KVCache, tree: TokenTree) -> Rows:
@@ -45,7 +46,7 @@ def tree_rows(cache: KVCache, tree: TokenTree) -> Rows:
     base, sizes = tuple(lengths), tree.num_nodes
     device, width = tree.tokens.device, tree.tokens.shape[1]
     live = _live(sizes, width, device)
-    start = torch.tensor(base, device=device)[:, None]
+    start = on_device(base, device)[:, None]
     order = torch.arange(width, device=device)
     depth = order.expand(len(base), width) if tree.is_chain else depths(tree.parents)
     slots = (start + order).reshape(-1)[live]
@@ -55,7 +56,7 @@ def tree_rows(cache: KVCache, tree: TokenTree) -> Rows:
     if seen is not None:
         widest = max(sizes)
         seen, offsets = seen[:, :widest, :widest], depth[:, :widest]
-    return Rows(base, sizes, tokens[None], positions[None], slots, base, seen, offsets)
+    return Rows(base, sizes, tokens[None], positions[None], slots, base, seen, offsets, cache.shared)
 
 
 def _one_request(length: int, tree: TokenTree, line: Tensor) -> Rows:
@@ -79,4 +80,4 @@ def doubled_row(cache: KVCache, token: Tensor) -> Rows:
 
 def _live(sizes: tuple[int, ...], width: int, device: torch.device) -> Tensor:
     """Flat indices of the live nodes in a padded [B, N] value."""
-    return torch.tensor([b * width + n for b, size in enumerate(sizes) for n in range(size)], device=device)
+    return on_device([b * width + n for b, size in enumerate(sizes) for n in range(size)], device)

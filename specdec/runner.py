@@ -13,11 +13,14 @@ from torch import Tensor, nn
 
 from specdec.cache import KVCache, LayerSpec, check_memory
 from specdec.capture import Forward, capture
+from specdec.chains import CapturedChains
 from specdec.errors import UnsupportedModelError
-from specdec.graphs import CapturedForwards
+from specdec.graphs import CapturedForwards, CudaGraphs, Recorder
 from specdec.kernels.dispatch import SLOT_TILE, AttentionContext, Backend, choose_backend
 from specdec.kernels.rows import Rows, padded_index
+from specdec.kernels.transfer import on_device
 from specdec.linear import pack_linears, packable
+from specdec.rounds import CapturedRounds, WholeRound
 from specdec.rows import chain_rows, doubled_row, tree_rows
 from specdec.taps import TapReader
 from specdec.twin import Twin
@@ -36,7 +39,8 @@ class RunnerOptions:
     row_invariant: on a CPU, a token's logits are the same bits whether 1 or up to 8 rows are scored together.
     capture_after: eager forwards of one size before it is captured.  pack_limit_bytes: most memory for packed weights.
     cache_limit_bytes: most memory for keys and values; None means what is free on a GPU.  prefill_rows: most prompt rows in
-    one forward, so that the mask of a long prompt stays small.
+    one forward, so that the mask of a long prompt stays small.  compile: "layers" fuses decoder layers through torch.compile, which
+    takes a minute when they first run.  share_from: slots from which equal prompts are read once.
     """
 
     attention: Backend = "auto"
@@ -49,6 +53,8 @@ class RunnerOptions:
     pack_limit_bytes: int = 2 << 30
     cache_limit_bytes: int | None = None
     prefill_rows: int = 1024
+    compile: Literal["off", "layers"] = "off"
+    share_from: int = 512
 
 
 class _Probe:
@@ -86,11 +92,17 @@ class ModelRunner:
         self._packed = self._pack()
         self._doubles = bool(self._packed) and self.options.row_invariant
         self._taps = TapReader(self.twin.model, tuple(taps))
+        if self.options.compile == "layers":
+            self.twin.compile_layers()
         self.specs = self._probe(text.num_hidden_layers)
         self.cache = KVCache(self.specs, 0, 0)
         widths = {(spec.key_width, spec.value_width) for spec in self.specs}
         self.backend = choose_backend(self.options.attention, self.device, widths)
-        self._graphs = self._make_graphs()
+        self._graphs: CapturedForwards | None = None
+        self._rounds: CapturedRounds | None = None
+        self._chains: CapturedChains | None = None
+        if self._can_graph():
+            self.use_graphs(CudaGraphs())
         self._seen_sizes: dict[int, int] = {}
         self._captured: dict[int, Forward] = {}
         self._no_capture = self._why_no_capture(text)
@@ -105,16 +117,28 @@ class ModelRunner:
             return []
         return pack_linears(self.twin.model, grouped=self.options.row_invariant)
 
-    def _make_graphs(self) -> CapturedForwards | None:
-        """CUDA graphs, where the attention kernel that they need runs."""
-        if self.options.capture == "off" or self.device.type != "cuda" or not self.twin.copied or self.backend != "triton":
-            return None
-        return CapturedForwards(self._eager, self.options.capture_after, self.options.max_captures)
+    def _can_graph(self) -> bool:
+        """CUDA graphs need the attention kernel."""
+        return self.options.capture == "auto" and self.device.type == "cuda" and self.twin.copied and self.backend == "triton"
+
+    @property
+    def replays(self) -> bool:
+        """Whether rounds and chains may be replayed."""
+        return self._chains is not None
+
+    def use_graphs(self, record: Recorder) -> None:
+        """Capture forwards and rounds by this recorder from now on."""
+        after, most = self.options.capture_after, self.options.max_captures
+        self._graphs = CapturedForwards(self._eager, after, most, record)
+        self._rounds = CapturedRounds(self._eager, after, most, record)
+        self._chains = CapturedChains(self._eager, after, most, record)
 
     def _why_no_capture(self, text: Any) -> str | None:
         """Why forwards are not captured, or None."""
         if self.options.capture == "off":
             return "switched off"
+        if self.options.compile != "off":
+            return "its layers are compiled"
         if self.device.type != "cpu" or not self.twin.copied:
             return "only CPU twins are captured so far"
         rope = getattr(text, "rope_parameters", None) or {}
@@ -150,11 +174,12 @@ class ModelRunner:
         self.cache = KVCache(self.specs, num_requests, capacity)
 
     def prefill(self, texts: Sequence[Sequence[int]], chunk: int | None = None) -> None:
-        """Append texts[b] to row b of the cache, all rows of all requests packed together.
+        """Append texts[b] to row b of the empty cache, all rows of all requests packed together; equal texts are run once.
 
         chunk: most rows in one forward, `RunnerOptions.prefill_rows` by default.  No logits are computed but one row's.
         """
-        done = [0] * len(texts)
+        sources = [texts.index(text) for text in texts]
+        done = [0 if source == b else len(texts[b]) for b, source in enumerate(sources)]
         while any(d < len(text) for d, text in zip(done, texts, strict=True)):
             room = chunk or self.options.prefill_rows
             taken: list[Sequence[int]] = []
@@ -166,6 +191,7 @@ class ModelRunner:
             self._eager(rows.tokens, rows.positions, self._context(rows), logits_to_keep=1)
             self._lengthen(rows)
             done = [d + len(part) for d, part in zip(done, taken, strict=True)]
+        self.cache.repeat(sources, self.options.share_from)
 
     def extend(self, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Append one committed token or more to every row. Returns each row's last token [B, 1] and the logits behind it [B, V]."""
@@ -174,7 +200,7 @@ class ModelRunner:
         self._lengthen(rows)
         if len(rows.sizes) == 1:
             return rows.tokens[:, -1:], logits[-1:]
-        ends = torch.tensor(rows.sizes, device=self.device).cumsum(0) - 1
+        ends = on_device(rows.sizes, self.device).cumsum(0) - 1
         return rows.tokens[0].index_select(0, ends)[:, None], logits.index_select(0, ends)
 
     def _lengthen(self, rows: Rows) -> None:
@@ -189,6 +215,33 @@ class ModelRunner:
         index = None if len(tree.num_nodes) == 1 else padded_index(tree.num_nodes, self.device)
         named = {name: tap[index] for name, tap in zip(self._taps.names, taps, strict=True)} if taps else {}
         return Scores(logits[index], named)
+
+    def whole_round(self, tree: TokenTree) -> WholeRound | None:
+        """Score a tree, verify it greedily and keep its path, in one replay; None where there is none for its size (yet).
+
+        The round's one synchronisation is here; `advance` is to follow with what was accepted.
+        """
+        began = perf_counter()
+        found = self._rounds.run(tree, self.cache) if self._rounds is not None else None
+        if found is None:
+            return None
+        verdict, *taps = found
+        rows = verdict.tolist()
+        self.forward_s += perf_counter() - began
+        return WholeRound(rows, dict(zip(self._taps.names, taps, strict=True)))
+
+    def whole_chain(self, pending: TokenTree, depth: int) -> Tensor | None:
+        """Append the pending chains and draft [B, depth] greedily behind them, in one replay; None where there is none (yet)."""
+        began = perf_counter()
+        found = self._chains.run(pending, self.cache, depth) if self._chains is not None else None
+        if found is not None:
+            self.cache.lengths = [n + size for n, size in zip(self.cache.lengths, pending.num_nodes, strict=True)]
+            self.forward_s += perf_counter() - began
+        return found
+
+    def advance(self, num_accepted: Sequence[int]) -> None:
+        """Lengthen every row by node 0 and what was accepted; their keys and values are in place."""
+        self.cache.lengths = [n + 1 + count for n, count in zip(self.cache.lengths, num_accepted, strict=True)]
 
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
         """Keep node 0 and the accepted path of every row; see `KVCache.commit`."""

@@ -10,17 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from specdec.errors import UnsupportedModelError
+from specdec.twin import decoder_layers
 
 LAST_HIDDEN = "last_hidden"
-
-
-def _decoder_layers(model: nn.Module) -> nn.ModuleList:
-    config: Any = model.config
-    count = config.get_text_config().num_hidden_layers
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise UnsupportedModelError(f"{type(model).__name__} has no list of {count} decoder layers to tap")
 
 
 def _module_of(model: nn.Module, name: str) -> tuple[nn.Module, bool]:
@@ -29,7 +21,7 @@ def _module_of(model: nn.Module, name: str) -> tuple[nn.Module, bool]:
         head: Any = model.get_output_embeddings()  # type: ignore[operator]  # transformers' method
         return head, True
     kind, _, index = name.partition(":")
-    layers = _decoder_layers(model)
+    layers = decoder_layers(model)
     if kind != "layer" or not index.isdigit() or int(index) >= len(layers):
         raise UnsupportedModelError(f"tap {name!r} is unknown; allowed: {LAST_HIDDEN!r} and 'layer:0' to 'layer:{len(layers) - 1}'")
     return layers[int(index)], False

@@ -17,6 +17,7 @@ from transformers.masking_utils import sdpa_mask
 from specdec.errors import UnsupportedModelError
 
 ROWS = "specdec_rows"
+OPAQUE = "specdec_opaque"
 SHARED = "specdec_shared"
 
 _RECURRENT_LAYERS = ("linear_attention", "mamba", "mamba2", "conv", "recurrent", "hybrid")
@@ -43,8 +44,9 @@ def packed_attention(
 
 
 def register_attention() -> None:
-    """Make our attention known to transformers under its two names; harmless when done again."""
+    """Make our attention known to transformers under its three names; harmless when done again."""
     AttentionInterface.register(ROWS, packed_attention)
+    AttentionInterface.register(OPAQUE, torch.compiler.disable(packed_attention))
     AttentionInterface.register(SHARED, packed_attention)
     AttentionMaskInterface.register(SHARED, sdpa_mask)
 
@@ -91,6 +93,15 @@ class Twin:
         with nullcontext() if self.copied else self._switched():
             return self.model(**kwargs)
 
+    def compile_layers(self) -> None:
+        """Compile each decoder layer for any number of rows, our attention left out of it. Raises where modules are the user's."""
+        if self.reason is not None:
+            raise UnsupportedModelError(f"the layers of {type(self.model).__name__} cannot be compiled: {self.reason}")
+        config: Any = self.model.config
+        config._attn_implementation = OPAQUE
+        for layer in decoder_layers(self.model):
+            layer.compile(dynamic=True)
+
     @contextmanager
     def _switched(self) -> Iterator[None]:
         config: Any = self.model.config
@@ -101,6 +112,16 @@ class Twin:
                 yield
             finally:
                 config._attn_implementation = before
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The model's list of decoder layers."""
+    config: Any = model.config
+    count = config.get_text_config().num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise UnsupportedModelError(f"{type(model).__name__} has no list of {count} decoder layers")
 
 
 def _why_not_copied(model: nn.Module) -> str | None:

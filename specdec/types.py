@@ -83,14 +83,14 @@ class Committed:
     """What a round added to the text, on the host, after the round's one synchronisation.
 
     requests: B slots.  tokens[i]: the accepted tokens and then the next token of requests[i].
-    num_accepted: B host integers.  path: on the device, as in `Verdict`.
+    num_accepted: B host integers.  paths[i]: the accepted nodes in order of depth, root excluded.
     taps: name -> [B, N, H], hidden states of the scored nodes.
     """
 
     requests: tuple[int, ...]
     tokens: tuple[tuple[int, ...], ...]
     num_accepted: tuple[int, ...]
-    path: Tensor | None = None
+    paths: tuple[tuple[int, ...], ...] = ()
     taps: Mapping[str, Tensor] = field(default_factory=dict)
 
 

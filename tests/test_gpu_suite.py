@@ -16,6 +16,7 @@ from specdec.bench import gpu, gpu_report, gpu_tests
 from specdec.bench.enlarge import enlarge
 from specdec.bench.gpu_decode import METHODS, SMALL_NOTE, known_tokens_only
 from specdec.bench.gpu_kernels import COPY, FLEX, HF, OURS, PLAIN
+from specdec.bench.gpu_step import CAPTURED, EAGER
 from specdec.bench.gpu_store import Setup, Store
 from specdec.bench.margin import explain
 from tests.support_models import VOCABULARY, prompts, tiny_model
@@ -70,7 +71,8 @@ def test_step(tmp_path: Path) -> None:
     _run("step", tmp_path)
     points = _points(tmp_path, "step")
     _assert_sound(points)
-    assert {(p["captured"], p["nodes"]) for p in points if "nodes" in p} == {(c, n) for c in (False, True) for n in (1, 5)}
+    found = {(p["forward"], p["nodes"]) for p in points if "nodes" in p}
+    assert found == {(mode, n) for mode in (EAGER, CAPTURED) for n in (1, 5)}
     _assert_repeats("step", tmp_path)
     assert "t(5)/t(1)" in (tmp_path / "report.md").read_text()
 
@@ -79,8 +81,11 @@ def test_decode(tmp_path: Path) -> None:
     _run("decode", tmp_path)
     points = _points(tmp_path, "decode")
     _assert_sound(points)
-    assert [p["method"] for p in points] == list(METHODS)
-    assert all(p["same_as_plain"] and p["note"] == SMALL_NOTE for p in points)
+    runs, profiled = [p for p in points if "prompt" in p], [p for p in points if "profiled" in p]
+    assert [p["method"] for p in runs] == list(METHODS[:5])
+    assert [p["method"] for p in profiled] == list(METHODS[1:5])
+    assert all(p["same_as_plain"] and p["note"] == SMALL_NOTE for p in runs)
+    assert all(p["copies_to_host_a_round"] >= 0 for p in profiled)
     assert sum(p.get("accepted", 0) for p in points) > 0
     _assert_repeats("decode", tmp_path)
     assert SMALL_NOTE in (tmp_path / "report.md").read_text()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from specdec.kernels.transfer import on_device
 from specdec.types import TokenTree
 
 
@@ -20,7 +21,7 @@ def chain_tree(roots: Tensor, drafted: Sequence[Tensor], counts: tuple[int, ...]
     tokens = torch.cat((roots, *drafted[:longest]), 1)
     parents = line[: tokens.shape[0], : longest + 1]
     if min(counts) != longest:
-        sizes = torch.tensor(counts, device=roots.device)[:, None]
+        sizes = on_device(counts, roots.device)[:, None]
         padding = parents >= sizes
         tokens, parents = tokens.masked_fill(padding, 0), parents.masked_fill(padding, 0)
     return TokenTree(tokens, parents, tuple([n + 1 for n in counts]), is_chain=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from specdec.kernels.transfer import on_device
 from specdec.types import TokenTree
 
 
@@ -20,7 +21,7 @@ def rerank(roots: Tensor, tokens: Tensor, parents: Tensor, scores: Tensor, count
     order = scores.sort(dim=1, descending=True, stable=True).indices[:, :widest]
     counts = tuple(min(n, candidates) for n in counts)
     if min(counts) != widest:
-        beyond = torch.arange(widest, device=tokens.device) >= torch.tensor(counts, device=tokens.device)[:, None]
+        beyond = torch.arange(widest, device=tokens.device) >= on_device(counts, tokens.device)[:, None]
         order = order.masked_fill(beyond, candidates)
     order = order.sort(1).values
     live = order < candidates

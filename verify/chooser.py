@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from specdec.kernels.transfer import on_device
 from specdec.noise import Noise, Stream
 
 
@@ -39,7 +40,7 @@ class NoiseChooser:
     def _uniform(self, stream: Stream, shape: torch.Size) -> Tensor:
         device = self._requests.device
         self._calls += 1
-        call = torch.tensor(self._calls, device=device)
+        call = on_device(self._calls, device)
         element = torch.arange(shape[1:].numel(), device=device)
         drawn = self._noise.uniform(stream, self._requests[:, None], self._starts[:, None], call, element)
         return drawn.view(shape)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from specdec.types import Draft, Law, Scores, Verdict
 from specdec.verify.chooser import Chooser
 from specdec.verify.walk import accept_matches
@@ -21,5 +23,10 @@ class Greedy:
 
     def verify(self, draft: Draft, scores: Scores, chooser: Chooser) -> Verdict:
         """See `Rule.verify`; draws nothing."""
-        best, chosen = scores.logits.max(-1)
-        return accept_matches(draft.tree, chosen.masked_fill_(best != best, -1))
+        return accept_matches(draft.tree, greedy_choice(scores.logits))
+
+
+def greedy_choice(logits: Tensor) -> Tensor:
+    """[...] int64: the argmax of logits [..., V], -1 where the row holds NaN."""
+    best, chosen = logits.max(-1)
+    return chosen.masked_fill_(best != best, -1)

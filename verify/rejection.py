@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from specdec.kernels.transfer import on_device
 from specdec.types import Draft, Law, Scores, TokenTree, Verdict
 from specdec.verify.chooser import Chooser
 
@@ -30,7 +31,7 @@ class TokenRejection:
         count = (accepted & _live(draft.tree)).long().cumprod(1).sum(1)
         end = count[:, None, None].expand(-1, 1, p.shape[-1])
         here, there = p.gather(1, end)[:, 0], q.gather(1, end)[:, 0]
-        full = count == torch.tensor([n - 1 for n in draft.tree.num_nodes], device=count.device)
+        full = count == on_device([n - 1 for n in draft.tree.num_nodes], count.device)
         residual = (here - there).clamp(min=0).nan_to_num(nan=0.0)
         keep = full | (residual.sum(1) <= 0)
         token = chooser.pick(torch.where(keep[:, None], here.nan_to_num(nan=0.0), residual))
@@ -52,5 +53,5 @@ def _ratio(p: Tensor, q: Tensor) -> Tensor:
 
 
 def _live(tree: TokenTree) -> Tensor:
-    sizes = torch.tensor(tree.num_nodes, device=tree.tokens.device)[:, None]
+    sizes = on_device(tree.num_nodes, tree.tokens.device)[:, None]
     return torch.arange(1, tree.tokens.shape[1], device=tree.tokens.device) < sizes

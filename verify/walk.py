@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from specdec.kernels.transfer import on_device
 from specdec.trees.layout import ancestors
 from specdec.types import TokenTree, Verdict
 
@@ -20,12 +21,23 @@ def accept_matches(tree: TokenTree, chosen: Tensor) -> Verdict:
     return _on_chain(tree, chosen) if tree.is_chain else _on_tree(tree, chosen)
 
 
+def verdict_rows(verdict: Verdict, tokens: Tensor) -> Tensor:
+    """[B, 2 + (N - 1) or 2 (N - 1)] int64, what a round reads back: number accepted, next token, the path's tokens, then its nodes.
+
+    tokens: [B, N] of the tree. A chain's nodes are left out: they are 1, 2, ... number accepted.
+    """
+    heads = verdict.num_accepted[:, None], verdict.next_token[:, None]
+    if verdict.path is None:
+        return torch.cat((*heads, tokens[:, 1:]), 1)
+    return torch.cat((*heads, tokens.gather(1, verdict.path), verdict.path), 1)
+
+
 def _live(tree: TokenTree) -> Tensor | None:
     """[B, N - 1] bool: drafted nodes that are not padding; None where there is no padding."""
     nodes = tree.tokens.shape[1]
     if min(tree.num_nodes) == nodes:
         return None
-    sizes = torch.tensor(tree.num_nodes, device=tree.tokens.device)[:, None]
+    sizes = on_device(tree.num_nodes, tree.tokens.device)[:, None]
     return torch.arange(1, nodes, device=tree.tokens.device) < sizes
 
 
