@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from specdec.kernels import accept, kv_compact, sampling, tree_attention, tree_rows
+from specdec.kernels import accept, fused_loss, kv_compact, sampling, tree_attention, tree_rows
 from specdec.kernels.variant import Variant
 
 ARCHITECTURES = (80, 90)
@@ -74,7 +74,7 @@ def _resources(ptx: str, architecture: int) -> tuple[int, int]:
 
 def variants() -> Iterator[Variant]:
     """Every kernel in the shapes that are used."""
-    for module in (tree_attention, kv_compact, accept, sampling, tree_rows):
+    for module in (tree_attention, kv_compact, accept, sampling, tree_rows, fused_loss):
         yield from module.variants()
 
 

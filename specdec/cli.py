@@ -13,10 +13,13 @@ from specdec import __version__
 from specdec.errors import SpecDecError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+datastore = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Texts that drafts are retrieved from.")
+app.add_typer(datastore, name="datastore")
 
 Target = Annotated[str | None, typer.Option(help="checkpoint folder or hub name; the bundled model by default")]
 DraftOption = Annotated[
-    str | None, typer.Option(help="'prompt-lookup', 'suffix', 'none', or a checkpoint; default: the bundled draft")
+    str | None,
+    typer.Option(help="'prompt-lookup', 'suffix', 'retrieval', 'recycling', 'none', or a checkpoint; default: the bundled draft"),
 ]
 
 
@@ -73,6 +76,27 @@ def doctor() -> None:
     from specdec.demo import show_doctor
 
     show_doctor(Console())
+
+
+@datastore.command()
+def build(
+    out: Annotated[Path, typer.Argument(help="the folder to write")],
+    files: Annotated[list[Path], typer.Argument(help="texts, .jsonl with 'text' or 'messages', either .xz, and folders of them")],
+    tokenizer: Annotated[str | None, typer.Option(help="the target's checkpoint folder; the bundled target by default")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an older datastore")] = False,
+) -> None:
+    """Build a datastore: it appears complete or not at all."""
+    from specdec.datastore_command import run_build
+
+    run_build(out, files, tokenizer, overwrite, Console())
+
+
+@datastore.command()
+def info(path: Annotated[Path, typer.Argument(help="a datastore's folder")]) -> None:
+    """Say what a datastore holds."""
+    from specdec.datastore_command import show_info
+
+    show_info(path, Console())
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from specdec.drafters.base import Drafter
 from specdec.drafters.draft_model import DraftModelDrafter
-from specdec.drafters.registry import make_drafter
+from specdec.drafters.registry import FACTORIES, load_drafter, make_drafter
 from specdec.engine import Call, Engine, Result
 from specdec.errors import InvalidRequestError, SpecDecError, UnsupportedModelError
 from specdec.loading import load_model, load_tokenizer
@@ -35,8 +35,6 @@ from specdec.request import check_arguments, check_config, check_lengths, check_
 from specdec.runner import RunnerOptions
 from specdec.stopping import Stopping
 from specdec.streaming import StepStream
-
-_LOOKUPS = ("prompt-lookup", "suffix")
 
 
 @dataclass
@@ -75,7 +73,8 @@ class SpeculativeGenerator:
         seed: int | None = None,
         options: RunnerOptions | None = None,
     ) -> None:
-        """drafter: a model, a checkpoint's path, "prompt-lookup", "suffix", a Drafter, or None for plain decoding.
+        """drafter: a model, a checkpoint's path (draft model, Medusa heads, PARD), "prompt-lookup", "suffix", "retrieval",
+        "recycling", a Drafter, or None for plain decoding.
 
         tokenizer: used for stop strings.  verifier: a rule's name.  planner: a Planner, or how many tokens to draft
         each round.  seed: makes sampling repeat; without one torch's global generator governs.  options: how the target's
@@ -235,15 +234,15 @@ def as_drafter(drafter: Drafter | nn.Module | str | Path | None, target: nn.Modu
     """A Drafter from whatever the user gave; a checkpoint is loaded with the target's device and its own dtype."""
     if drafter is None:
         return None
-    if isinstance(drafter, str) and drafter in _LOOKUPS:
+    if isinstance(drafter, str) and drafter in FACTORIES:
         return make_drafter(drafter)
     if isinstance(drafter, (str, Path)):
-        drafter = load_model(drafter, device=next(target.parameters()).device)
+        return load_drafter(drafter, target)
     if isinstance(drafter, nn.Module):
         return DraftModelDrafter(drafter)
     if isinstance(drafter, Drafter):
         return drafter
-    raise SpecDecError(f"drafter is a {type(drafter).__name__}; give a model, a path, one of {_LOOKUPS}, a Drafter or None")
+    raise SpecDecError(f"drafter is a {type(drafter).__name__}; give a model, a path, one of {tuple(FACTORIES)}, a Drafter or None")
 
 
 def _as_planner(planner: Planner | int | None) -> Planner:

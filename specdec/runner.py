@@ -153,7 +153,7 @@ class ModelRunner:
         tokens = torch.zeros(1, 2, dtype=torch.long, device=self.device)
         positions = torch.arange(2, device=self.device)[None]
         self.twin(input_ids=tokens, position_ids=positions, use_cache=False, tree_ctx=probe)
-        self._taps.read(None)
+        self._taps.forget()
         if sorted(probe.specs) != list(range(num_layers)):
             raise UnsupportedModelError(
                 f"{type(self.twin.model).__name__}: {len(probe.specs)} of {num_layers} layers call the attention interface of "
@@ -271,7 +271,7 @@ class ModelRunner:
         mask = torch.ones_like(tokens)
         out = self.twin(input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=False, tree_ctx=context, **kwargs)
         logits = out.logits[0]
-        return (logits, *self._taps.read(tokens.shape[1]))
+        return (logits, *self._taps.read(logits))
 
     def _consider_capture(self, rows: Rows, expected: tuple[Tensor, ...]) -> None:
         """Capture this size once it has come often enough, and keep the capture only if it agrees bit for bit."""

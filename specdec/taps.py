@@ -1,6 +1,7 @@
 """Taps: hidden states of the target that a drafter asks for by name.
 
-"last_hidden" is the input of the output head (after the final norm); "layer:i" the output of decoder layer i.
+"last_hidden" is the input of the output head (after the final norm); "layer:i" the output of decoder layer i; "top_k:n" the n
+likeliest tokens behind each row, best first.
 """
 
 from __future__ import annotations
@@ -23,8 +24,18 @@ def _module_of(model: nn.Module, name: str) -> tuple[nn.Module, bool]:
     kind, _, index = name.partition(":")
     layers = decoder_layers(model)
     if kind != "layer" or not index.isdigit() or int(index) >= len(layers):
-        raise UnsupportedModelError(f"tap {name!r} is unknown; allowed: {LAST_HIDDEN!r} and 'layer:0' to 'layer:{len(layers) - 1}'")
+        raise UnsupportedModelError(
+            f"tap {name!r} is unknown; allowed: {LAST_HIDDEN!r}, 'top_k:8' and 'layer:0' to 'layer:{len(layers) - 1}'"
+        )
     return layers[int(index)], False
+
+
+def _how_many(name: str) -> int:
+    """n of "top_k:n"."""
+    count = name.removeprefix("top_k:")
+    if not count.isdigit() or int(count) < 1:
+        raise UnsupportedModelError(f"tap {name!r} is unknown; give a whole number, as in 'top_k:8'")
+    return int(count)
 
 
 class TapReader:
@@ -34,7 +45,10 @@ class TapReader:
         """model: a twin.  names: the taps, in the order that `read` returns them."""
         self.names = names
         self._values: dict[str, Tensor] = {}
+        self._top = {name: _how_many(name) for name in names if name.startswith("top_k:")}
         for name in names:
+            if name in self._top:
+                continue
             module, is_input = _module_of(model, name)
             if is_input:
                 module.register_forward_pre_hook(self._on_input(name))
@@ -53,7 +67,12 @@ class TapReader:
 
         return hook
 
-    def read(self, num_rows: int | None) -> tuple[Tensor, ...]:
-        """The taps of the last forward, [R, H] each; None forgets them."""
+    def read(self, logits: Tensor) -> tuple[Tensor, ...]:
+        """The taps of the last forward, [R, H] each, or [R, n] int64. logits: [R, V], what it gave."""
         values, self._values = self._values, {}
-        return () if num_rows is None else tuple(values[name].reshape(-1, values[name].shape[-1]) for name in self.names)
+        values.update({name: logits.topk(most).indices for name, most in self._top.items()})
+        return tuple(values[name].reshape(-1, values[name].shape[-1]) for name in self.names)
+
+    def forget(self) -> None:
+        """Drop what a forward left whose taps nobody wants."""
+        self._values = {}

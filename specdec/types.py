@@ -57,7 +57,7 @@ class Draft:
 class Scores:
     """Target logits at every node. logits: [B, N, V], padding nodes hold the root's row.
 
-    taps: name -> [B, N, H] hidden states, for the names that the drafter asked for.
+    taps: name -> [B, N, H] hidden states, or [B, N, n] token ids, for the names that the drafter asked for.
     """
 
     logits: Tensor
@@ -84,7 +84,7 @@ class Committed:
 
     requests: B slots.  tokens[i]: the accepted tokens and then the next token of requests[i].
     num_accepted: B host integers.  paths[i]: the accepted nodes in order of depth, root excluded.
-    taps: name -> [B, N, H], hidden states of the scored nodes.
+    taps: name -> [B, N, H] or [B, N, n], of the scored nodes.
     """
 
     requests: tuple[int, ...]
