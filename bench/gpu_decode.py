@@ -20,17 +20,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from specdec import FixedPlanner, RunnerOptions, SpeculativeGenerator, bundled_path
 from specdec.bench.enlarge import LLAMA_1B, LLAMA_8B, Shape, enlarge
+from specdec.bench.enlarge_heads import enlarge_heads
 from specdec.bench.gpu_profile import per_round
 from specdec.bench.gpu_store import Point, Setup, Store, Value, specdec_warnings
 from specdec.bench.margin import explain
 from specdec.bench.speed import Prompt, load_prompts
 from specdec.bench.timing import rotation
+from specdec.drafters.checkpoints import load_medusa, load_pard
 from specdec.drafters.draft_model import DraftModelDrafter
+from specdec.drafters.medusa import MedusaDrafter
+from specdec.drafters.pard import PardDrafter
 
 HF, PLAIN = "transformers generate", "specdec, no drafter"
 DRAFT, LOOKUP, SUFFIX = "specdec, draft model, 4 tokens", "specdec, prompt lookup, 8 tokens", "specdec, suffix lookup, 8 tokens"
+MEDUSA, PARD = "specdec, Medusa, 4 heads of their own", "specdec, PARD, 6 tokens"
 FUSED = ", layers compiled"
-METHODS = (HF, PLAIN, DRAFT, LOOKUP, SUFFIX, PLAIN + FUSED, DRAFT + FUSED, LOOKUP + FUSED)
+UNFUSED = (HF, PLAIN, DRAFT, LOOKUP, SUFFIX, MEDUSA, PARD)
+METHODS = (*UNFUSED, *(name + FUSED for name in (PLAIN, DRAFT, LOOKUP, MEDUSA, PARD)))
 NOTE = "bundled pair enlarged to Llama-3.1-8B and Llama-3.2-1B shapes: acceptance of an 11M target and its draft, cost of 8B and 1B"
 SMALL_NOTE = "a smoke test in tiny shapes, no measurement"
 
@@ -53,7 +59,7 @@ def run(setup: Setup) -> Store:
     prompts, _ = load_prompts(None, tokenizer, limit, 384)
     by_length = sorted(prompts, key=lambda p: len(p.ids))
     bench = _Bench(setup, new, (by_length[-1], by_length[0]))
-    methods = METHODS[:5] if setup.small else METHODS
+    methods = UNFUSED if setup.small else METHODS
     for turn in range(repeats * len(prompts)):
         repeat, index = divmod(turn, len(prompts))
         for name in rotation(list(methods), turn):
@@ -63,6 +69,9 @@ def run(setup: Setup) -> Store:
         store.measure({"method": name, "profiled": True}, partial(bench.waits, name, by_length[0]))
     return store
 
+
+_LOOKUP_PLANNER = FixedPlanner(nodes=8, depth=8, width=2)
+_PLANNERS = {LOOKUP: _LOOKUP_PLANNER, SUFFIX: _LOOKUP_PLANNER, PARD: FixedPlanner(nodes=6, depth=6)}
 
 Method = Callable[[Prompt], tuple[list[int], Any]]
 
@@ -133,11 +142,10 @@ class _Bench:
         return self._methods[name]
 
     def _load(self) -> None:
-        dtype, shapes = torch.bfloat16, (LLAMA_8B, LLAMA_1B)
-        if self._setup.small:
-            dtype, shapes = torch.float32, (_SMALL, {**_SMALL, "num_hidden_layers": 3})
+        dtype = torch.float32 if self._setup.small else torch.bfloat16
+        self._shapes = (_SMALL, {**_SMALL, "num_hidden_layers": 3}) if self._setup.small else (LLAMA_8B, LLAMA_1B)
         pair = []
-        for name, shape in zip(("target", "draft"), shapes, strict=True):
+        for name, shape in zip(("target", "draft"), self._shapes, strict=True):
             model = AutoModelForCausalLM.from_pretrained(bundled_path(name), dtype=torch.float32)  # type: ignore[arg-type]
             model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
             pair.append(enlarge(model, shape, dtype=dtype, device=self._setup.device))
@@ -149,11 +157,23 @@ class _Bench:
             return self._generate
         options = RunnerOptions(compile="layers" if name.endswith(FUSED) else "off")
         plain = name.removesuffix(FUSED)
-        planner = FixedPlanner(nodes=8, depth=8, width=2) if plain in (LOOKUP, SUFFIX) else FixedPlanner(nodes=4, depth=4)
-        drafters = {LOOKUP: "prompt-lookup", SUFFIX: "suffix"}
-        drafter = DraftModelDrafter(self._draft, options=options) if plain == DRAFT else drafters.get(plain)
+        planner = _PLANNERS.get(plain, FixedPlanner(nodes=4, depth=4))
+        drafter = self._drafter(plain, options)
         self._generators[name] = SpeculativeGenerator(self._target, drafter, planner=planner, options=options)
         return partial(self._speculate, self._generators[name])
+
+    def _drafter(self, name: str, options: RunnerOptions) -> Any:
+        """The drafter of a method, at the size that it would have beside a target of 8B."""
+        if name == DRAFT:
+            return DraftModelDrafter(self._draft, options=options)
+        if name == PARD:
+            model, mask = load_pard(bundled_path("pard"), dtype=torch.float32)
+            shape, dtype = self._shapes[1], self._target.dtype
+            return PardDrafter(enlarge(model, shape, dtype=dtype, device=self._setup.device), mask, options=options)
+        if name == MEDUSA:
+            heads, _ = load_medusa(bundled_path("medusa"))
+            return MedusaDrafter(enlarge_heads(heads, self._target))
+        return {LOOKUP: "prompt-lookup", SUFFIX: "suffix"}.get(name)
 
     def _arguments(self, prompt: Prompt) -> tuple[torch.Tensor, dict[str, Any]]:
         ids = torch.tensor([prompt.ids], device=self._setup.device)

@@ -112,6 +112,10 @@ def methods(target: Any, draft: Any, new: int, plans: list[int]) -> dict[str, Me
     for count in plans:
         planner = FixedPlanner(nodes=count, depth=count)
         chosen[f"draft model {count}"] = _ours(SpeculativeGenerator(target, DraftModelDrafter(draft), planner=planner), new)
+    for name, role, counts in (("Medusa", "medusa", (2, 3)), ("PARD", "pard", (2, 3, 4))):
+        for count in counts:
+            planner = FixedPlanner(nodes=count, depth=count)
+            chosen[f"{name} {count}"] = _ours(SpeculativeGenerator(target, bundled_path(role), planner=planner), new)  # type: ignore[arg-type]
     for name in ("prompt-lookup", "suffix"):
         chosen[name] = _ours(SpeculativeGenerator(target, name, planner=FixedPlanner(nodes=2, depth=2, width=2)), new)
     return chosen

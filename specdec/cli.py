@@ -15,6 +15,13 @@ from specdec.errors import SpecDecError
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 datastore = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Texts that drafts are retrieved from.")
 app.add_typer(datastore, name="datastore")
+training = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Drafters for a target of your own.")
+app.add_typer(training, name="train")
+# Settings are the fields of dataclasses, which check them; typer hands them on.
+_FREE = {"allow_extra_args": True, "ignore_unknown_options": True}
+Recipe = Annotated[str | None, typer.Option(help="a recipe of specdec's or a YAML file; by default the method's own")]
+Settings = Annotated[str | None, typer.Option("--config", help="a YAML file of settings, over the recipe")]
+ListFlags = Annotated[bool, typer.Option("--flags", help="list every setting, its default and what is allowed")]
 
 Target = Annotated[str | None, typer.Option(help="checkpoint folder or hub name; the bundled model by default")]
 DraftOption = Annotated[
@@ -97,6 +104,53 @@ def info(path: Annotated[Path, typer.Argument(help="a datastore's folder")]) -> 
     from specdec.datastore_command import show_info
 
     show_info(path, Console())
+
+
+def _train(method: str, context: typer.Context, recipe: str | None, config: str | None, flags: bool) -> None:
+    from specdec.train_command import run_train, show_flags
+
+    console = Console()
+    if flags:
+        show_flags(method, console)
+    else:
+        run_train(method, recipe, config, context.args, console)
+
+
+@training.command(context_settings=_FREE)
+def medusa(context: typer.Context, recipe: Recipe = None, config: Settings = None, flags: ListFlags = False) -> None:
+    """Train Medusa heads; settings as --section.name value, listed by --flags."""
+    _train("medusa", context, recipe, config, flags)
+
+
+@training.command(context_settings=_FREE)
+def pard(context: typer.Context, recipe: Recipe = None, config: Settings = None, flags: ListFlags = False) -> None:
+    """Train a draft that proposes several tokens in one forward; settings as --section.name value, listed by --flags."""
+    _train("pard", context, recipe, config, flags)
+
+
+@training.command("draft-model", context_settings=_FREE)
+def draft_model(context: typer.Context, recipe: Recipe = None, config: Settings = None, flags: ListFlags = False) -> None:
+    """Distil a small LM from the target; settings as --section.name value, listed by --flags."""
+    _train("draft-model", context, recipe, config, flags)
+
+
+@training.command(context_settings=_FREE)
+def regenerate(context: typer.Context, config: Settings = None, flags: ListFlags = False) -> None:
+    """Have the target answer the prompts of a data set; settings as --name value, listed by --flags."""
+    _train("regenerate", context, None, config, flags)
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(help="a drafter's folder, as `specdec train` wrote it")],
+    out: Annotated[str, typer.Argument(help="the folder to write")],
+    to: Annotated[str, typer.Option(help="medusa, vllm-medusa, pard or hf-assistant")],
+    target: Target = None,
+) -> None:
+    """Write a drafter as others read it, and read it back to compare."""
+    from specdec.train_command import run_export
+
+    run_export(source, to, out, target, Console())
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ import platform
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import transformers
@@ -21,15 +21,19 @@ from specdec import __version__
 from specdec.bench.margin import explain
 from specdec.bench.speed import Prompt, load_prompts
 from specdec.bench.timing import timed
-from specdec.bundled import bundled_path
+from specdec.bundled import Role, bundled_path
+from specdec.drafters.base import Drafter
 from specdec.drafters.draft_model import DraftModelDrafter
+from specdec.drafters.registry import load_drafter
 from specdec.generator import SpeculativeGenerator
 from specdec.linear import cpu_has_fast_bf16
 from specdec.loading import load_model, load_tokenizer
 from specdec.planner import FixedPlanner
 from specdec.types import Budget, Draft, Load, RoundStats
 
-HF, PLAIN, MODEL, LOOKUP = "model.generate", "plain decoding", "draft model", "suffix lookup"
+HF, PLAIN, MODEL, LOOKUP, MEDUSA, PARD = "model.generate", "plain decoding", "draft model", "suffix lookup", "Medusa heads", "PARD"
+# Tokens a round that pay for the bundled models on a CPU.
+_TOKENS = {MEDUSA: 2, PARD: 3}
 # One prompt of each kind from the built-in file: dialogue, story, maths, code, docs, and text that repeats itself.
 _SHOWN = (0, 6, 10, 13, 16, 21)
 
@@ -69,17 +73,24 @@ def run_demo(target_path: str | None, draft_path: str | None, new: int, nodes: i
     draft = load_model(draft_path or str(bundled_path("draft")), dtype=None, device=None)
     tokenizer = load_tokenizer(target_path or str(bundled_path("target")))
     prompts = [load_prompts(None, tokenizer, None, 384)[0][i] for i in (_SHOWN[:2] if quick else _SHOWN)]
-    methods = _methods(target, draft, new, nodes)
+    methods = _methods(target, _drafters(target, draft, bundled=target_path is None), new, nodes)
     runs = _measure(methods, prompts, 1 if quick else 3, console)
     for i, prompt in enumerate(prompts):
         _show_prompt(console, tokenizer, prompt, {name: runs[name][i] for name in methods})
     _show_table(console, target, prompts, runs)
 
 
-def _methods(target: Any, draft: Any, new: int, nodes: int) -> dict[str, Method]:
-    shape = FixedPlanner(nodes=nodes, depth=nodes, width=2)
-    plans = {PLAIN: _Watched(FixedPlanner(nodes=0)), MODEL: _Watched(shape), LOOKUP: _Watched(shape)}
-    drafters: dict[str, Any] = {PLAIN: None, MODEL: DraftModelDrafter(draft), LOOKUP: "suffix"}
+def _drafters(target: Any, draft: Any, *, bundled: bool) -> dict[str, Drafter | str | None]:
+    """Every drafter by name; the heads and the PARD model were made for the bundled target and its vocabulary."""
+    found: dict[str, Drafter | str | None] = {PLAIN: None, MODEL: DraftModelDrafter(draft), LOOKUP: "suffix"}
+    if bundled:
+        found |= {MEDUSA: load_drafter(bundled_path("medusa"), target), PARD: load_drafter(bundled_path("pard"), target)}
+    return found
+
+
+def _methods(target: Any, drafters: dict[str, Drafter | str | None], new: int, nodes: int) -> dict[str, Method]:
+    counts = {name: 0 if name == PLAIN else _TOKENS.get(name, nodes) for name in drafters}
+    plans = {name: _Watched(FixedPlanner(nodes=n, depth=max(n, 1), width=2)) for name, n in counts.items()}
 
     def ours(name: str) -> Method:
         generator = SpeculativeGenerator(target, drafters[name], planner=plans[name])
@@ -136,7 +147,7 @@ def _show_prompt(console: Console, tokenizer: Any, prompt: Prompt, runs: dict[st
     console.print(Text(tokenizer.decode(prompt.ids, skip_special_tokens=True).strip()[-300:], style="dim"))
     width = max(24, console.width // 3 - 2)
     panels = [Panel(Text(tokenizer.decode(runs[PLAIN].tokens)), title=PLAIN, width=width)]
-    for name in (MODEL, LOOKUP):
+    for name in [name for name in runs if name not in (HF, PLAIN)]:
         one = runs[name].stats.requests[0]
         panels.append(
             Panel(_coloured(tokenizer, runs[name]), title=f"{name}: {one.mean_acceptance_length:.2f} tokens a round", width=width)
@@ -195,5 +206,5 @@ def show_doctor(console: Console) -> None:
     table.add_row("device", torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
     table.add_row("threads", str(torch.get_num_threads()))
     table.add_row("bf16 products in hardware", "yes" if cpu_has_fast_bf16() else "no: linear layers keep fp32 copies")
-    table.add_row("bundled models", f"{bundled_path('target').name}, {bundled_path('draft').name}")
+    table.add_row("bundled models", ", ".join(bundled_path(role).name for role in get_args(Role)))
     console.print(table)

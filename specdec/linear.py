@@ -167,6 +167,8 @@ def cpu_has_fast_bf16() -> bool:
 
 def packable(model: nn.Module, limit_bytes: int) -> str | None:
     """None when packing helps this model on its device, else the reason why not."""
+    if any(type(m).__module__.startswith("peft.") for m in model.modules()):
+        return "adapters read the weights of the layers that they wrap"
     linears = [m for m in model.modules() if type(m) is nn.Linear]
     weights = [m.weight for m in linears]
     if not weights or any(w.device.type != "cpu" for w in weights):

@@ -44,7 +44,14 @@ ORDER = (
     ("specdec.generator",),
     ("specdec",),
     ("specdec.training.*", "specdec.bench.*"),
-    ("specdec.demo", "specdec.generate_command", "specdec.datastore_command", "specdec.cli", "specdec.__main__"),
+    (
+        "specdec.demo",
+        "specdec.generate_command",
+        "specdec.datastore_command",
+        "specdec.train_command",
+        "specdec.cli",
+        "specdec.__main__",
+    ),
 )
 # What training and bench may use of specdec, beside their own folder, the drafters and the kernels.
 PUBLIC = {"specdec", "specdec.types", "specdec.errors", "specdec.bundled", "specdec.generator", "specdec.planner"}

@@ -10,7 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 
 from specdec import SpecDecError, SpeculativeGenerator, bundled_path
 from specdec.bench.enlarge import LLAMA_1B, LLAMA_8B, QWEN_4B, enlarge
+from specdec.bench.enlarge_heads import enlarge_heads
 from specdec.bench.speed import load_prompts
+from specdec.drafters.medusa_heads import MedusaHeads
 
 pytestmark = pytest.mark.slow
 
@@ -50,6 +52,24 @@ def pair() -> tuple[Any, Any]:
 def prompt() -> torch.Tensor:
     asked, _ = load_prompts(None, AutoTokenizer.from_pretrained(bundled_path("target")), 1, 64)
     return torch.tensor([asked[0].ids])
+
+
+def test_enlarged_heads_draft_the_same_tokens(pair: tuple[Any, Any], prompt: torch.Tensor) -> None:
+    """Layers that do something, on the hidden states of a real text; new tokens never win."""
+    target = enlarge(pair[0], WIDER)
+    heads = MedusaHeads(320, 8192, 3, 2, shared_head=True)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for layer in heads.layers():
+            layer.weight.normal_(0, 0.05, generator=generator)
+            layer.bias.normal_(0, 0.1, generator=generator)
+        small = pair[0].model(prompt).last_hidden_state[0]
+        big = target.model(prompt).last_hidden_state[0]
+        wide = enlarge_heads(heads, target)
+        ours, theirs = wide.logits(big), heads.logits(small, pair[0].lm_head.weight)
+    assert torch.allclose(ours[..., :8192], theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()))
+    assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
+    assert not torch.equal(theirs[0].argmax(-1), theirs[1].argmax(-1))
 
 
 def test_the_bundled_pair_enlarged_decodes_the_same_text(pair: tuple[Any, Any], prompt: torch.Tensor) -> None:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from specdec.bench import gpu, gpu_report, gpu_tests
 from specdec.bench.enlarge import enlarge
-from specdec.bench.gpu_decode import METHODS, SMALL_NOTE, known_tokens_only
+from specdec.bench.gpu_decode import SMALL_NOTE, UNFUSED, known_tokens_only
 from specdec.bench.gpu_kernels import COPY, FLEX, HF, OURS, PLAIN
 from specdec.bench.gpu_step import CAPTURED, EAGER
 from specdec.bench.gpu_store import Setup, Store
@@ -82,8 +82,8 @@ def test_decode(tmp_path: Path) -> None:
     points = _points(tmp_path, "decode")
     _assert_sound(points)
     runs, profiled = [p for p in points if "prompt" in p], [p for p in points if "profiled" in p]
-    assert [p["method"] for p in runs] == list(METHODS[:5])
-    assert [p["method"] for p in profiled] == list(METHODS[1:5])
+    assert [p["method"] for p in runs] == list(UNFUSED)
+    assert [p["method"] for p in profiled] == list(UNFUSED[1:])
     assert all(p["same_as_plain"] and p["note"] == SMALL_NOTE for p in runs)
     assert all(p["copies_to_host_a_round"] >= 0 for p in profiled)
     assert sum(p.get("accepted", 0) for p in points) > 0

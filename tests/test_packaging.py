@@ -69,7 +69,8 @@ def test_the_wheel_holds_the_data(wheel: zipfile.ZipFile) -> None:
     models = {path.relative_to(ROOT).as_posix() for path in (ROOT / "specdec/models").rglob("*") if path.is_file()}
     prompts = {f"specdec/bench/{path.name}" for path in (ROOT / "bench").glob("*.jsonl")}
     recipes = {f"specdec/training/{path.name}" for path in (ROOT / "training").glob("*.yaml")}
-    assert len([name for name in models if name.endswith(".safetensors")]) == 2
+    assert len([name for name in models if name.endswith(".safetensors")]) == 4
+    assert sum((ROOT / name).stat().st_size for name in models) < 45e6
     assert models | prompts | recipes | {"specdec/py.typed"} <= names
 
 
@@ -116,5 +117,5 @@ def test_the_bundled_checkpoints_are_complete(name: str) -> None:
 
 
 def test_an_unknown_bundled_name_is_refused() -> None:
-    with pytest.raises(SpecDecError, match="choose 'target' or 'draft'"):
+    with pytest.raises(SpecDecError, match="choose one of target, draft, medusa, pard"):
         bundled_path("oracle")  # type: ignore[arg-type]
