@@ -32,8 +32,6 @@ from specdec.planner import FixedPlanner
 from specdec.types import Budget, Draft, Load, RoundStats
 
 HF, PLAIN, MODEL, LOOKUP, MEDUSA, PARD = "model.generate", "plain decoding", "draft model", "suffix lookup", "Medusa heads", "PARD"
-# Tokens a round that pay for the bundled models on a CPU.
-_TOKENS = {MEDUSA: 2, PARD: 3}
 # One prompt of each kind from the built-in file: dialogue, story, maths, code, docs, and text that repeats itself.
 _SHOWN = (0, 6, 10, 13, 16, 21)
 
@@ -89,7 +87,7 @@ def _drafters(target: Any, draft: Any, *, bundled: bool) -> dict[str, Drafter | 
 
 
 def _methods(target: Any, drafters: dict[str, Drafter | str | None], new: int, nodes: int) -> dict[str, Method]:
-    counts = {name: 0 if name == PLAIN else _TOKENS.get(name, nodes) for name in drafters}
+    counts = {name: 0 if name == PLAIN else nodes for name in drafters}
     plans = {name: _Watched(FixedPlanner(nodes=n, depth=max(n, 1), width=2)) for name, n in counts.items()}
 
     def ours(name: str) -> Method:
