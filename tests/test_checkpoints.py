@@ -21,6 +21,8 @@ from specdec.planner import FixedPlanner
 from tests.support_compare import RecordingPlanner, assert_same_greedy
 from tests.support_models import VOCABULARY, left_padded, prompts, tiny_model
 
+pytestmark = pytest.mark.slow
+
 MODEL: Any = tiny_model()
 LM_HEAD = MODEL.get_output_embeddings().weight.detach()
 ACCURACIES = [[0.7, 0.2], [0.5, 0.25], [0.4, 0.2]]

@@ -22,6 +22,8 @@ from specdec.drafters.retrieval import Stored
 from specdec.errors import CheckpointError, SpecDecError, VocabularyMismatchError
 from specdec.loading import load_tokenizer
 
+pytestmark = pytest.mark.slow
+
 V = 4
 # Ids beyond 16 bits take the other width.
 VOCABULARIES = (V, 70_000)

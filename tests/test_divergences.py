@@ -9,6 +9,8 @@ from torch import Tensor
 from specdec.errors import SpecDecError
 from specdec.training.divergences import KINDS, Divergence, Kind, row_loss
 
+pytestmark = pytest.mark.slow
+
 ROWS, SIZE = 5, 13
 LAWS: tuple[Kind, ...] = KINDS[1:]
 

@@ -23,6 +23,8 @@ from specdec.types import Budget, Committed, Draft, Law
 from tests.support_compare import RecordingPlanner, assert_same_greedy
 from tests.support_models import VOCABULARY, left_padded, prompts, tiny_model
 
+pytestmark = pytest.mark.slow
+
 K, WIDTH, NEW = 3, 32, 25
 MODEL: Any = tiny_model()
 LM_HEAD = MODEL.get_output_embeddings().weight.detach()

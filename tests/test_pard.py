@@ -20,6 +20,8 @@ from specdec.types import Budget, Committed, Draft, Law
 from tests.support_compare import Negated, RecordingPlanner, assert_same_greedy
 from tests.support_models import VOCABULARY, left_padded, noised, prompts, tiny_model
 
+pytestmark = pytest.mark.slow
+
 K, MASK, NEW = 3, 60, 25
 MODEL: Any = tiny_model()
 LENGTHS = {"one": (9,), "ragged": (9, 3, 14)}

@@ -18,6 +18,8 @@ from specdec.types import Budget, Committed, Law, Scores, TokenTree
 from tests.support_compare import RecordingPlanner, assert_same_greedy
 from tests.support_models import VOCABULARY, left_padded, prompts, tiny_model
 
+pytestmark = pytest.mark.slow
+
 TAP = "top_k:3"
 NEW = 40
 PLAN = FixedPlanner(nodes=12, depth=4, width=4)

@@ -19,6 +19,8 @@ from specdec.training.config import DataConfig, RegenerateConfig
 from specdec.training.data import DataError, load_examples
 from specdec.training.regenerate import RegenerateReport, regenerate
 
+pytestmark = pytest.mark.slow
+
 END = 1
 QUIET = Console(file=StringIO())
 

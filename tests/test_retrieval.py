@@ -19,6 +19,8 @@ from specdec.types import Budget, Committed, Draft, Law
 from tests.support_compare import RecordingPlanner, assert_same_greedy
 from tests.support_models import VOCABULARY, left_padded, prompts, tiny_model
 
+pytestmark = pytest.mark.slow
+
 K, NEW = 4, 40
 LENGTHS = {"one": (9,), "ragged": (9, 3, 14)}
 PLAN = FixedPlanner(nodes=8, depth=K, width=2)
