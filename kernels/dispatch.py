@@ -9,6 +9,7 @@ cannot: soft-capped logits).
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Literal
 
@@ -49,7 +50,8 @@ class AttentionContext:
         self._seen: dict[int | None, Tensor] = {}
         self._span = min(-(-rows.span // tile) * tile, layers[0][0].shape[2])
         self._single = len(rows.sizes) == 1
-        self._index = None if rows.uniform else padded_index(rows.sizes, rows.slots.device)
+        self._parts = self._apart(tile) if self._wasteful() else []
+        self._index = None if rows.uniform or self._parts else padded_index(rows.sizes, rows.slots.device)
         self._row_of = None if self._single else request_of_row(rows)
 
     def attend(
@@ -59,6 +61,15 @@ class AttentionContext:
         keys, values = self._append(key, value, layer)
         if self.backend == "triton":
             return self._triton(query, layer, Logits(scale, window, softcap))
+        if self._parts:
+            parts = zip(self._parts, query.split([part.rows.sizes[0] for part in self._parts], 2), strict=True)
+            return torch.cat([part._padded(own, *part._view(layer), scale, window, softcap) for part, own in parts], 1)
+        return self._padded(query, keys, values, scale, window, softcap)
+
+    def _padded(
+        self, query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None, softcap: float | None
+    ) -> Tensor:
+        """Attention over a rectangle of rows. Returns [1, R, H, D]."""
         padded = self._pad(query)
         if softcap is not None or self.backend == "reference":
             out = reference.tree_attention(padded, keys, values, self.seen(window), scale=scale, softcap=softcap)
@@ -83,8 +94,34 @@ class AttentionContext:
         else:
             keys[self._row_of, :, rows.slots] = key[0].transpose(0, 1)
             values[self._row_of, :, rows.slots] = value[0].transpose(0, 1)
-        batch, span = len(rows.sizes), self._span
+        return self._view(layer)
+
+    def _view(self, layer: int) -> tuple[Tensor, Tensor]:
+        """K and V of a layer, as much of them as this forward can see."""
+        keys, values = self.layers[layer]
+        batch, span = len(self.rows.sizes), self._span
         return keys[:batch, :, :span], values[:batch, :, :span]
+
+    def _wasteful(self) -> bool:
+        """Whether most of the rectangle around these rows would be padding, as where prompts are taken one after the other."""
+        rows = self.rows
+        return self.backend != "triton" and rows.tree is None and len(rows.sizes) * max(rows.sizes) > 2 * sum(rows.sizes)
+
+    def _apart(self, tile: int) -> list[AttentionContext]:
+        """A context for each request that has rows."""
+        rows, parts, start = self.rows, [], 0
+        for b, size in enumerate(rows.sizes):
+            stop = start + size
+            if size:
+                own = replace(
+                    rows, base=rows.base[b : b + 1], sizes=(size,), tokens=rows.tokens[:, start:stop],
+                    positions=rows.positions[:, start:stop], slots=rows.slots[start:stop], lengths=rows.lengths[b : b + 1],
+                    shared=(),
+                )  # fmt: skip
+                layers = [(keys[b : b + 1], values[b : b + 1]) for keys, values in self.layers]
+                parts.append(AttentionContext(own, layers, self.backend, tile))
+            start = stop
+        return parts
 
     def _pad(self, query: Tensor) -> Tensor:
         """[1, H, R, D] to [B, H, N, D]: a rectangle inside the backend only."""

@@ -114,14 +114,22 @@ class KVCache:
         self.shared = tuple(Shared(a, b, self.lengths[a]) for a, b in _runs(sources) if self.lengths[a] >= shared_from)
 
     def arrange(self, order: Sequence[int]) -> None:
-        """Keep these rows, in this order, in place: only rows that change their place are copied."""
+        """Keep these rows, in this order, in place: only rows that change their place are copied, as far as they are filled."""
         moved = [row for row, source in enumerate(order) if row != source]
         self.lengths = [self.lengths[row] for row in order]
         self._arrange_shared(order)
         if moved:
+            used = max(self.lengths[row] for row in moved)
             for group in self.groups:
                 sources = on_device([order[row] for row in moved], group.device)
-                group[:, :, on_device(moved, group.device)] = group[:, :, sources]
+                group[:, :, on_device(moved, group.device), :, :used] = group[:, :, sources, :, :used]
+
+    def closed_up(self, rows: Sequence[int]) -> list[int]:
+        """These rows in an order for `arrange` that moves the fewest: gaps are filled from behind, unless slots are shared."""
+        if self.shared:
+            return list(rows)
+        kept, behind = set(rows), [row for row in rows if row >= len(rows)]
+        return [row if row in kept else behind.pop() for row in range(len(rows))]
 
     def _arrange_shared(self, order: Sequence[int]) -> None:
         """What is shared by rows that are still neighbours."""

@@ -169,6 +169,7 @@ class _Run:
             if not finished:
                 remaining.append(row)
         if len(remaining) < len(self.active):
+            remaining = self.engine.runner.cache.closed_up(remaining)
             self.active = [self.active[row] for row in remaining]
             self.engine.runner.cache.arrange(remaining)
 

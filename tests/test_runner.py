@@ -205,3 +205,38 @@ def test_unsupported_targets_are_refused_by_name() -> None:
         ModelRunner(bloom)
     with pytest.raises(UnsupportedModelError, match="causal LM"):
         ModelRunner(nn.Linear(2, 2))
+
+
+def test_gaps_are_closed_from_behind_and_rows_keep_what_they_hold() -> None:
+    model = tiny_model()
+    texts = prompts((11, 4, 9, 6, 8))
+    runner = ModelRunner(model)
+    runner.begin(len(texts), 64)
+    runner.prefill(texts)
+    order = runner.cache.closed_up([1, 3, 4])
+    assert order == [4, 1, 3]
+    runner.cache.arrange(order)
+    tree = _trees([5, 6, 7], (8, 3, 1))
+    _check_scores(model, [texts[row] for row in order], tree, runner.score(tree).logits)
+
+
+def test_rows_that_share_slots_stay_neighbours() -> None:
+    runner = ModelRunner(tiny_model(), options=RunnerOptions(share_from=4))
+    runner.begin(4, 64)
+    runner.prefill([[5, 6, 7, 8, 9]] * 4)
+    assert runner.cache.closed_up([1, 3]) == [1, 3]
+
+
+def test_prompts_of_one_forward_attend_apart_where_a_rectangle_would_be_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    widest: list[int] = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        widest.append(query.shape[0])
+        return attend(query, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    runner = ModelRunner(tiny_model())
+    runner.begin(4, 128)
+    runner.prefill(prompts((60, 4, 2, 9)))
+    assert set(widest) == {1}
