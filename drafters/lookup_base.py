@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable
-from typing import Literal, Protocol
+from itertools import count
+from typing import Literal, Protocol, TypeVar
 
 from specdec.drafters.base import DraftSetup
 from specdec.trees.host import tree_from_lists
 from specdec.types import Budget, Committed, Draft, Law
+
+Tree = tuple[list[int], list[int]]
+State = TypeVar("State")
+# A path less likely than this by the counts is not worth a row.
+_LEAST_PROBABILITY = 0.1
 
 
 class Finder(Protocol):
@@ -16,7 +23,7 @@ class Finder(Protocol):
     def add(self, token: int) -> None:
         """Append a committed token."""
 
-    def find(self, nodes: int, depth: int, width: int) -> tuple[list[int], list[int]]:
+    def find(self, nodes: int, depth: int, width: int) -> Tree:
         """Tokens and parents (0 is the root, drafted nodes count from 1) of the proposed tree, root left out."""
 
 
@@ -48,7 +55,7 @@ class LookupDrafter:
         """A chain or tree for budget.requests; see `Drafter.propose`."""
         tokens, parents = [], []
         for i, request in enumerate(budget.requests):
-            found: tuple[list[int], list[int]] = ([], [])
+            found: Tree = ([], [])
             if budget.nodes[i] and budget.depth[i]:
                 found = self._finders[request].find(budget.nodes[i], budget.depth[i], budget.width[i])
             tokens.append([self._last[request], *found[0]])
@@ -61,3 +68,34 @@ class LookupDrafter:
             self._last[request] = tokens[-1]
             for token in tokens:
                 self._finders[request].add(token)
+
+
+def likeliest_tree(
+    start: State, children: Callable[[State], list[tuple[float, int, State]]], nodes: int, depth: int, width: int
+) -> Tree:
+    """Tokens and parents of the most likely nodes below `start`, see `Finder.find`; an earlier child wins a tie.
+
+    children: (share of the parent's probability, token, state behind it), most likely first, for a state.
+    """
+    tokens: list[int] = []
+    parents: list[int] = []
+    order = count()
+    expanded = [0] * depth
+    # Entries: minus the path's probability, order of coming, depth, parent's number, token, state behind it.
+    heap: list[tuple[float, int, int, int, int, State]] = []
+
+    def push(probability: float, level: int, number: int, state: State) -> None:
+        if level == depth or expanded[level] == width:
+            return
+        expanded[level] += 1
+        for share, token, behind in children(state)[:width]:
+            if probability * share >= _LEAST_PROBABILITY:
+                heapq.heappush(heap, (-probability * share, next(order), level + 1, number, token, behind))
+
+    push(1.0, 0, 0, start)
+    while heap and len(tokens) < nodes:
+        minus, _, level, parent, token, behind = heapq.heappop(heap)
+        tokens.append(token)
+        parents.append(parent)
+        push(-minus, level, len(tokens), behind)
+    return tokens, parents

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from specdec.drafters.base import DraftSetup
 from specdec.drafters.checkpoints import check_fits, load_medusa
 from specdec.drafters.medusa_heads import MedusaHeads
-from specdec.drafters.pard import Shape, SlotDrafts, checked_shape
+from specdec.drafters.slots import Shape, SlotDrafts, checked_shape
 from specdec.errors import SpecDecError, VocabularyMismatchError
 from specdec.kernels.transfer import on_device
 from specdec.linear import PackedLinear, cpu_has_fast_bf16
@@ -67,7 +68,7 @@ class MedusaDrafter:
         if self._trees is not None and self._trees.depth > heads.num_heads:
             raise SpecDecError(f"the tree is {self._trees.depth} deep, and there are {heads.num_heads} Medusa heads; cut the tree")
         self.heads, self.vocabulary = heads, heads.vocabulary
-        self._run = _HeadRunner(heads, lm_head_weight)
+        self.runner = _HeadRunner(heads, lm_head_weight)
 
     @classmethod
     def from_pretrained(
@@ -105,11 +106,11 @@ class MedusaDrafter:
         device = self.heads.weight.device
         if setup.device != device:
             raise SpecDecError(f"the Medusa heads are on {device}, the target on {setup.device}; move one of them")
-        self._run.refresh()
+        self.runner.refresh()
         self._slots = SlotDrafts(setup, self.shape, len(prompts))
         self._last, self._lengths = [prompt[-1] for prompt in prompts], [len(prompt) for prompt in prompts]
         self._known = [False] * len(prompts)
-        self._hidden = torch.zeros(len(prompts), self.heads.hidden_size, dtype=self._run.dtype, device=device)
+        self._hidden = torch.zeros(len(prompts), self.heads.hidden_size, dtype=self.runner.dtype, device=device)
 
     @torch.no_grad()
     def propose(self, budget: Budget) -> Draft:
@@ -122,7 +123,7 @@ class MedusaDrafter:
             return self._slots.nothing(roots)
         whole = requests == tuple(range(len(self._last)))
         hidden = self._hidden if whole else self._hidden[on_device(requests, self._hidden.device)]
-        logits = self._run.logits(hidden, max(depth))
+        logits = self.runner.logits(hidden, max(depth))
         budget = replace(budget, depth=depth)
         if self.shape == "chain":
             return self._slots.chain(roots, logits, budget, tuple([self._lengths[r] for r in requests]))
@@ -165,6 +166,7 @@ class _HeadRunner:
         needed = 4 * sum(p.numel() for p in (*heads.parameters(), *([] if lm_head_weight is None else [lm_head_weight])))
         self._packed = on_cpu and (slow or heads.weight.dtype is torch.float32) and needed <= RunnerOptions().pack_limit_bytes
         self.dtype = torch.float32 if self._packed else heads.weight.dtype
+        self.device, self.forward_s = heads.weight.device, 0.0
         self._versions: list[int] | None = None
 
     def refresh(self) -> None:
@@ -193,8 +195,12 @@ class _HeadRunner:
 
     def logits(self, h: Tensor, count: int) -> Tensor:
         """[B, K, V] of the first `count` heads. h: [B, H] in `dtype`."""
-        if not self._packed:
-            return self._heads.logits(h, self._shared, count).transpose(0, 1)
+        began = perf_counter()
+        logits = self._packed_logits(h, count) if self._packed else self._heads.logits(h, self._shared, count).transpose(0, 1)
+        self.forward_s += perf_counter() - began
+        return logits
+
+    def _packed_logits(self, h: Tensor, count: int) -> Tensor:
         z = h.expand(count, -1, -1)
         for weight, bias in zip(self._weights, self._biases, strict=True):
             step = torch.bmm(z, weight[:count]) if bias is None else torch.baddbmm(bias[:count], z, weight[:count])

@@ -87,13 +87,17 @@ class MedusaHeads(nn.Module):
 
     def hidden(self, h: Tensor, count: int | None = None) -> Tensor:
         """[K, ..., H]: what each head feeds to its U. h: [..., H].  count: only the first so many heads."""
-        outputs = []
-        for block in self.blocks[:count]:
-            z = h
-            for layer in block:  # type: ignore[attr-defined]  # a ModuleList
-                z = z + nn.functional.silu(layer(z))
-            outputs.append(z)
-        return torch.stack(outputs)
+        return torch.stack([self.through(k, h) for k in range(len(self.blocks[:count]))])
+
+    def through(self, k: int, h: Tensor) -> Tensor:
+        """[..., H]: what head k feeds to its U. h: [..., H]."""
+        for layer in self.blocks[k]:  # type: ignore[attr-defined]  # a ModuleList
+            h = h + nn.functional.silu(layer(h))
+        return h
+
+    def output_weight(self, k: int, head_weight: Tensor) -> Tensor:
+        """[V, H]: U of head k. head_weight: the target's output matrix, which shared heads take."""
+        return head_weight if self.shared_head else self.heads[k].weight  # type: ignore[return-value]  # a Linear's parameter
 
     def logits(self, h: Tensor, head_weight: Tensor | None = None, count: int | None = None) -> Tensor:
         """[K, ..., V] in the dtype of h. h: [..., H].  head_weight: the target's output matrix, for a shared head only."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Literal
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from specdec.drafters.base import DraftSetup
 from specdec.errors import SpecDecError, VocabularyMismatchError
 from specdec.kernels.transfer import on_device
+from specdec.trees.static import Choice, StaticTree, best_first, cut, static_tree
 from specdec.types import Budget, Committed, Draft, Law, TokenTree
 
 # How likely each rank is the next token, about as measured; ranks beyond share what the last one has.
@@ -20,8 +21,6 @@ _RANKS = (0.5, 0.11, 0.045, 0.035, 0.03, 0.02, 0.017, 0.015)
 _NODES, _DEPTH = 32, 6
 # Layouts kept on the device, by the budgets of a round.
 _MOST_LAYOUTS = 64
-
-Choices = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,62 +78,29 @@ def _scored(trees: Sequence[Sequence[int]], layout: _Layout, committed: Committe
     )
 
 
-def default_choices(top_k: int) -> Choices:
+def default_choices(top_k: int) -> tuple[Choice, ...]:
     """The 32 likeliest paths of ranks below top_k, at most 6 deep, most likely first."""
     shares = [_RANKS[min(rank, len(_RANKS) - 1)] for rank in range(top_k)]
-    open_: list[tuple[float, tuple[int, ...]]] = [(share, (rank,)) for rank, share in enumerate(shares)]
-    chosen: list[tuple[int, ...]] = []
-    while open_ and len(chosen) < _NODES:
-        best = max(open_, key=lambda entry: (entry[0], -len(entry[1])))
-        open_.remove(best)
-        chosen.append(best[1])
-        if len(best[1]) < _DEPTH:
-            open_ += [(best[0] * share, (*best[1], rank)) for rank, share in enumerate(shares)]
-    return tuple(chosen)
+    return tuple(islice(best_first([shares] * _DEPTH), _NODES))
 
 
-def _check_choices(choices: Choices, top_k: int) -> None:
-    known: set[tuple[int, ...]] = {()}
-    for path in choices:
-        if path in known or path[:-1] not in known or not all(0 <= rank < top_k for rank in path):
-            raise SpecDecError(
-                f"choices: path {list(path)} repeats, comes before its beginning {list(path[:-1])}, or has a rank that is not "
-                f"in 0 to {top_k - 1}; list each path once, behind its beginning"
-            )
-        known.add(path)
+def _checked(choices: Sequence[Sequence[int]], top_k: int) -> tuple[Choice, ...]:
+    tree = static_tree(choices)
+    if tree.width > top_k:
+        raise SpecDecError(f"tree choices: rank {tree.width - 1} needs top_k of {tree.width}, and it is {top_k}")
+    return tree.choices
 
 
-def _cut(choices: Choices, nodes: int, depth: int, width: int) -> tuple[list[int], list[int], int]:
-    """Parents, ranks and depth of the first paths that the budget has room for, root included."""
-    numbers: dict[tuple[int, ...], int] = {(): 0}
-    parents, ranks, children = [-1], [0], [0]
-    expanded = [0] * (depth + 1)
-    for path in choices:
-        above, level = numbers.get(path[:-1]), len(path) - 1
-        if len(parents) > nodes or above is None or level >= depth:
-            continue
-        first = not children[above]
-        if children[above] == width or (first and expanded[level] == width):
-            continue
-        expanded[level] += first
-        children[above] += 1
-        numbers[path] = len(parents)
-        parents.append(above)
-        ranks.append(path[-1])
-        children.append(0)
-    return parents, ranks, max(map(len, numbers))
-
-
-def _layout(trees: Sequence[tuple[list[int], list[int], int]], device: torch.device) -> _Layout:
+def _layout(trees: Sequence[StaticTree], device: torch.device) -> _Layout:
     """The trees side by side, padded to the widest."""
-    lists = tuple(tuple(parents) for parents, _, _ in trees)
+    lists = tuple((-1, *tree.parents) for tree in trees)
     widest = max(map(len, lists))
-    rows = [[[*own, *[0] * (widest - len(own))] for own in part] for part in (lists, [ranks for _, ranks, _ in trees])]
+    rows = [[[*own, *[0] * (widest - len(own))] for own in part] for part in (lists, [(0, *tree.ranks) for tree in trees])]
     parents, ranks = on_device(rows, device)
     sizes = tuple(map(len, lists))
     live = torch.arange(widest, device=device) < on_device(sizes, device)[:, None]
     is_chain = all(parent == n - 1 for own in lists for n, parent in enumerate(own))
-    return _Layout(lists, parents, parents.clamp(min=0), ranks, live, sizes, max(depth for _, _, depth in trees), is_chain)
+    return _Layout(lists, parents, parents.clamp(min=0), ranks, live, sizes, max(tree.depth for tree in trees), is_chain)
 
 
 def _empty_matrix(vocabulary: int, top_k: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -167,8 +133,7 @@ class RecyclingDrafter:
         """
         if top_k < 1 or (vocabulary is not None and vocabulary <= top_k):
             raise SpecDecError(f"top_k={top_k}, vocabulary={vocabulary}: need 1 <= top_k < vocabulary")
-        self._choices = default_choices(top_k) if choices is None else tuple(map(tuple, choices))
-        _check_choices(self._choices, top_k)
+        self._choices = default_choices(top_k) if choices is None else _checked(choices, top_k)
         self._vocabulary, self._top_k = vocabulary, top_k
         self.taps: tuple[str, ...] = (f"top_k:{top_k}",)
         self._matrix = self._stamps = torch.zeros(0, dtype=torch.int32)
@@ -246,5 +211,5 @@ class RecyclingDrafter:
         if sizes not in self._layouts:
             if len(self._layouts) == _MOST_LAYOUTS:
                 self._layouts.clear()
-            self._layouts[sizes] = _layout([_cut(self._choices, *size) for size in sizes], self._device)
+            self._layouts[sizes] = _layout([cut(self._choices, *size) for size in sizes], self._device)
         return self._layouts[sizes]

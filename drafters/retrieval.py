@@ -6,24 +6,18 @@ SuffixDecoding (arXiv 2411.04975, best-first trees from counts).
 
 from __future__ import annotations
 
-import heapq
 from collections import deque
-from collections.abc import Callable, Sequence
-from itertools import count
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from specdec.drafters.base import DraftSetup
 from specdec.drafters.datastore import Datastore, Occurrences
-from specdec.drafters.lookup_base import LookupDrafter
+from specdec.drafters.lookup_base import LookupDrafter, Tree, likeliest_tree
 from specdec.drafters.suffix_automaton import SuffixAutomaton
 from specdec.errors import SpecDecError
 from specdec.types import Committed
 
-Tree = tuple[list[int], list[int]]
-State = TypeVar("State")
-# A path less likely than this by the counts is not worth a row.
-_LEAST_PROBABILITY = 0.1
 # Occurrences that a count is made from: fewer are too coarse for the line above, more cost time.
 _MOST_HITS = 24
 # Answers that are remembered, in tokens, and how many of the latest places for each n-gram.
@@ -31,37 +25,6 @@ _CACHE_TOKENS, _CACHE_PLACES = 1 << 16, 4
 # A source's moving average: the weight of the past, and what it starts with. Rounds a skipped source waits, at first and at most.
 _PAST, _START = 0.8, 0.3
 _FIRST_WAIT, _LONGEST_WAIT = 4, 64
-
-
-def best_first(
-    start: State, children: Callable[[State], list[tuple[float, int, State]]], nodes: int, depth: int, width: int
-) -> Tree:
-    """Tokens and parents of the most likely nodes below `start`, see `Finder.find`; an earlier child wins a tie.
-
-    children: (share of the parent's probability, token, state behind it), most likely first, for a state.
-    """
-    tokens: list[int] = []
-    parents: list[int] = []
-    order = count()
-    expanded = [0] * depth
-    # Entries: minus the path's probability, order of coming, depth, parent's number, token, state behind it.
-    heap: list[tuple[float, int, int, int, int, State]] = []
-
-    def push(probability: float, level: int, number: int, state: State) -> None:
-        if level == depth or expanded[level] == width:
-            return
-        expanded[level] += 1
-        for share, token, behind in children(state)[:width]:
-            if probability * share >= _LEAST_PROBABILITY:
-                heapq.heappush(heap, (-probability * share, next(order), level + 1, number, token, behind))
-
-    push(1.0, 0, 0, start)
-    while heap and len(tokens) < nodes:
-        minus, _, level, parent, token, behind = heapq.heappop(heap)
-        tokens.append(token)
-        parents.append(parent)
-        push(-minus, level, len(tokens), behind)
-    return tokens, parents
 
 
 def tree_of_rows(rows: Sequence[Sequence[int]], nodes: int, depth: int, width: int) -> Tree:
@@ -79,7 +42,7 @@ def tree_of_rows(rows: Sequence[Sequence[int]], nodes: int, depth: int, width: i
         ranked = sorted(groups.items(), key=lambda group: -len(group[1]))
         return [(len(own) / len(members), token, (level + 1, own)) for token, own in ranked]
 
-    return best_first((0, list(range(len(rows)))), children, nodes, depth, width)
+    return likeliest_tree((0, list(range(len(rows)))), children, nodes, depth, width)
 
 
 class Source(Protocol):
@@ -107,14 +70,7 @@ class OwnText:
 
     def tree(self, nodes: int, depth: int, width: int) -> Tree:
         """See `Source.tree`."""
-        automaton = self.automaton
-
-        def children(state: int) -> list[tuple[float, int, int]]:
-            following = [(automaton.count[to], token, to) for token, to in automaton.next[state].items()]
-            total = sum(own for own, _, _ in following)
-            return [(own / total, token, to) for own, token, to in sorted(following, key=lambda f: (-f[0], -f[2]))]
-
-        return best_first(self._state, children, nodes, depth, width)
+        return likeliest_tree(self._state, self.automaton.following, nodes, depth, width)
 
 
 class AnswerCache:

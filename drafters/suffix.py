@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 
-from specdec.drafters.lookup_base import LookupDrafter
+from specdec.drafters.lookup_base import LookupDrafter, Tree, likeliest_tree
 from specdec.drafters.suffix_automaton import SuffixAutomaton
 from specdec.errors import SpecDecError
-
-# A path less likely than this by the counts is not worth a row.
-_LEAST_PROBABILITY = 0.1
 
 
 class SuffixFinder:
@@ -27,23 +23,12 @@ class SuffixFinder:
         self._own.add(token)
         self._state, self._matched = self._corpus.follow(self._state, self._matched, token)
 
-    def find(self, nodes: int, depth: int, width: int) -> tuple[list[int], list[int]]:
+    def find(self, nodes: int, depth: int, width: int) -> Tree:
         """Best first by the probability that the counts give a path; see `Finder.find`."""
         automaton, state, matched = self._longest()
         if matched < self._min_match:
             return [], []
-        tokens: list[int] = []
-        parents: list[int] = []
-        # Entries: minus the path's probability, its depth, token, state behind it and parent's number.
-        heap: list[tuple[float, int, int, int, int]] = []
-        self._push(heap, automaton, (1.0, 0, state, 0), width)
-        while heap and len(tokens) < nodes:
-            minus, level, token, at, parent = heapq.heappop(heap)
-            tokens.append(token)
-            parents.append(parent)
-            if level < depth:
-                self._push(heap, automaton, (-minus, level, at, len(tokens)), width)
-        return tokens, parents
+        return likeliest_tree(state, automaton.following, nodes, depth, width)
 
     def _longest(self) -> tuple[SuffixAutomaton, int, int]:
         """Where the longer match is; the request's own text wins a tie, for it is nearer."""
@@ -51,21 +36,6 @@ class SuffixFinder:
         if self._matched > own_matched:
             return self._corpus, self._state, self._matched
         return self._own, own, own_matched
-
-    def _push(
-        self,
-        heap: list[tuple[float, int, int, int, int]],
-        automaton: SuffixAutomaton,
-        node: tuple[float, int, int, int],
-        width: int,
-    ) -> None:
-        probability, level, state, number = node
-        following = [(automaton.count[to], token, to) for token, to in automaton.next[state].items()]
-        total = sum(count for count, _, _ in following)
-        for count, token, to in sorted(following, key=lambda f: (-f[0], -f[2]))[:width]:
-            path = probability * count / total
-            if path >= _LEAST_PROBABILITY:
-                heapq.heappush(heap, (-path, level + 1, token, to, number))
 
 
 class SuffixDrafter(LookupDrafter):

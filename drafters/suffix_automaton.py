@@ -74,6 +74,12 @@ class SuffixAutomaton:
             self.count[state] += 1
             state = self.link[state]
 
+    def following(self, state: int) -> list[tuple[float, int, int]]:
+        """What came behind a state, the most often first: (share of it, token, state behind that)."""
+        found = [(self.count[to], token, to) for token, to in self.next[state].items()]
+        total = sum(count for count, _, _ in found)
+        return [(count / total, token, to) for count, token, to in sorted(found, key=lambda f: (-f[0], -f[2]))]
+
     def follow(self, state: int, matched: int, token: int) -> tuple[int, int]:
         """The longest suffix of (the matched string and then token) that occurs here, as (state, its length)."""
         while state != -1 and token not in self.next[state]:

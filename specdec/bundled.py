@@ -10,6 +10,9 @@ Role = Literal["target", "draft", "medusa", "pard"]
 _FOLDERS = {"target": "reference-target", "draft": "reference-draft", "medusa": "reference-medusa", "pard": "reference-pard"}
 
 
+BUNDLED = "bundled"
+
+
 def bundled_path(name: Role) -> Path:
     """The folder of a bundled checkpoint: the target, and the draft model, Medusa heads and PARD model made for it.
 
@@ -21,3 +24,8 @@ def bundled_path(name: Role) -> Path:
     if not (path / "model.safetensors").is_file():
         raise SpecDecError(f"the bundled {name} model is missing from this installation; reinstall specdec-toolkit")
     return path
+
+
+def checkpoint(name: str, role: Role) -> str:
+    """A checkpoint's folder or hub name; "bundled" is the model of that role which ships with specdec."""
+    return str(bundled_path(role)) if name == BUNDLED else name

@@ -65,7 +65,7 @@ def generate(
     top_k: Annotated[int | None, typer.Option(min=1)] = None,
     top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
     seed: Annotated[int | None, typer.Option(help="makes sampling repeat")] = None,
-    verifier: Annotated[str, typer.Option(help="auto, greedy, rejection, sample-and-match or coupled")] = "auto",
+    verifier: Annotated[str, typer.Option(help="auto, greedy, rejection, sample-and-match, coupled, or typical-lossy")] = "auto",
     nodes: Annotated[int, typer.Option(min=0, help="tokens to draft each round")] = 2,
     json_output: Annotated[bool, typer.Option("--json", help="print one JSON document instead of streaming")] = False,
 ) -> None:
@@ -140,17 +140,29 @@ def regenerate(context: typer.Context, config: Settings = None, flags: ListFlags
     _train("regenerate", context, None, config, flags)
 
 
+@training.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(help="folders that --run.output named")],
+    out: Annotated[str, typer.Option(help="the folder to write report.md and curves.svg into")] = "report",
+) -> None:
+    """Compare training runs: curves, where they ended, and their commands."""
+    from specdec.training.report import write_report
+
+    Console().print(f"wrote {write_report(runs, out)}", highlight=False)
+
+
 @app.command()
 def export(
     source: Annotated[str, typer.Argument(help="a drafter's folder, as `specdec train` wrote it")],
     out: Annotated[str, typer.Argument(help="the folder to write")],
     to: Annotated[str, typer.Option(help="medusa, vllm-medusa, pard or hf-assistant")],
     target: Target = None,
+    push_to_hub: Annotated[str | None, typer.Option(help="hub repository to upload it to, as name/repository")] = None,
 ) -> None:
     """Write a drafter as others read it, and read it back to compare."""
     from specdec.train_command import run_export
 
-    run_export(source, to, out, target, Console())
+    run_export(source, to, out, target, push_to_hub, Console())
 
 
 def main() -> None:

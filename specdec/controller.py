@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -46,6 +47,12 @@ class Step:
     stats: RoundStats
 
 
+class Timed(Protocol):
+    """What runs a model and says how long. forward_s: seconds in its forwards so far."""
+
+    forward_s: float
+
+
 class Controller:
     """Holds the parts of one call and runs its rounds. Each part sees the values it is handed, never its caller."""
 
@@ -67,7 +74,7 @@ class Controller:
         self.target, self.drafter, self.rule, self.planner = target, drafter, rule, planner
         self.noise, self.process = noise, process
         nothing = torch.zeros(0, dtype=torch.long, device=target.device)
-        self._runners: list[ModelRunner] = [target, *filter(None, [getattr(drafter, "runner", None)])]
+        self._runners: list[Timed] = [target, *filter(None, [getattr(drafter, "runner", None)])]
         self._idle = NoiseChooser(noise, nothing, nothing, Stream.ACCEPT)
         self._whole = rule.name == "greedy" and process is None and not needs_scores
 

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from specdec.errors import SpecDecError
-from specdec.training.config import (
-    DraftTraining,
-    MedusaTraining,
-    PardTraining,
-    RegenerateConfig,
-    list_flags,
-    load_config,
-)
+from specdec.training.config import DraftTraining, MedusaTraining, PardTraining, RegenerateConfig
+from specdec.training.settings import list_flags, load_config
 
 _KINDS: dict[str, Any] = {
     "medusa": MedusaTraining,
@@ -74,10 +69,14 @@ def _regenerate(config: RegenerateConfig, console: Console) -> None:
         console.print(f"{report.too_long} left out for length, {report.unfinished} cut at {config.max_new_tokens} tokens")
 
 
-def run_export(source: str, to: str, out: str, target: str | None, console: Console) -> None:
-    """Write a drafter in another layout, and read it back before saying so. Raises SpecDecError."""
+def run_export(source: str, to: str, out: str, target: str | None, repository: str | None, console: Console) -> None:
+    """Write a drafter in another layout, read it back before saying so, and upload it where asked. Raises SpecDecError."""
     from specdec.training.export import EXPORTS, export
 
     if to not in EXPORTS:
         raise SpecDecError(f"--to {to!r} is unknown; allowed: {', '.join(EXPORTS)}")
     console.print(export(source, to, out, target), highlight=False)
+    if repository is not None:
+        from specdec.training.hub import push
+
+        console.print(f"uploaded: {push(Path(out), repository)}", highlight=False)

@@ -16,7 +16,8 @@ from specdec.drafters.suffix import SuffixDrafter
 from specdec.drafters.suffix_automaton import SuffixAutomaton
 from specdec.errors import SpecDecError, VocabularyMismatchError
 from specdec.noise import Noise
-from specdec.types import Budget, Committed, Draft, Law
+from specdec.types import Budget, Law
+from tests.support_drafters import assert_same_draft, budget_of, commit, setup_of
 from tests.support_models import VOCABULARY, prompts, tiny_model
 
 CORPUS = prompts((60, 80), seed=9)
@@ -31,59 +32,39 @@ MAKERS: dict[str, Callable[[], Drafter]] = {
 K = 3
 
 
-def _setup(law: Law = Law.DETERMINISTIC, sampling: DraftSampling | None = None) -> DraftSetup:
-    return DraftSetup(torch.device("cpu"), VOCABULARY, 256, law, sampling)
-
-
-def _budget(requests: tuple[int, ...], nodes: int = 6) -> Budget:
-    return Budget(requests, (nodes,) * len(requests), (K,) * len(requests), (2,) * len(requests))
-
-
-def _commit(drafter: Drafter, texts: list[list[int]], requests: tuple[int, ...], tokens: list[list[int]]) -> None:
-    for request, new in zip(requests, tokens, strict=True):
-        texts[request].extend(new)
-    drafter.commit(Committed(requests, tuple(map(tuple, tokens)), tuple(len(t) - 1 for t in tokens)))
-
-
-def _assert_same(a: Draft, b: Draft) -> None:
-    assert a.tree.num_nodes == b.tree.num_nodes
-    assert torch.equal(a.tree.tokens, b.tree.tokens)
-    assert torch.equal(a.tree.parents, b.tree.parents)
-
-
 @pytest.mark.parametrize("name", MAKERS)
 def test_state_equals_state_rebuilt(name: str) -> None:
     generator = torch.Generator().manual_seed(5)
     drafter, texts = MAKERS[name](), prompts((9, 4), seed=2)
-    drafter.begin(tuple(map(tuple, texts)), _setup())
+    drafter.begin(tuple(map(tuple, texts)), setup_of())
     for round_ in range(2 * (K + 1)):
         asked = round_ % 3 != 2
         if asked:
-            draft = drafter.propose(_budget((0, 1)))
+            draft = drafter.propose(budget_of((0, 1)))
         # Accept 0 to K of the first path, then a token of the target's own.
         new = []
         for b in range(2):
             count = (round_ + b) % (K + 1)
             own = draft.tree.tokens[b, 1 : 1 + count].tolist() if asked else []
             new.append([*own, int(torch.randint(3, 9, (1,), generator=generator))])
-        _commit(drafter, texts, (0, 1), new)
+        commit(drafter, texts, (0, 1), new)
         fresh = MAKERS[name]()
-        fresh.begin(tuple(map(tuple, texts)), _setup())
-        _assert_same(drafter.propose(_budget((0, 1))), fresh.propose(_budget((0, 1))))
+        fresh.begin(tuple(map(tuple, texts)), setup_of())
+        assert_same_draft(drafter.propose(budget_of((0, 1))), fresh.propose(budget_of((0, 1))))
 
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_requests_may_leave_and_budgets_differ(name: str) -> None:
     drafter, texts = MAKERS[name](), prompts((9, 4, 6), seed=2)
-    drafter.begin(tuple(map(tuple, texts)), _setup())
-    drafter.propose(_budget((0, 1, 2)))
-    _commit(drafter, texts, (0, 1, 2), [[5], [6, 7], [8]])
-    _commit(drafter, texts, (2,), [[4, 5]])
+    drafter.begin(tuple(map(tuple, texts)), setup_of())
+    drafter.propose(budget_of((0, 1, 2)))
+    commit(drafter, texts, (0, 1, 2), [[5], [6, 7], [8]])
+    commit(drafter, texts, (2,), [[4, 5]])
     draft = drafter.propose(Budget((2, 0), (4, 0), (K, K), (2, 2)))
     assert draft.tree.num_nodes[1] == 1
     assert draft.tree.tokens[:, 0].tolist() == [texts[2][-1], texts[0][-1]]
     fresh = MAKERS[name]()
-    fresh.begin((tuple(texts[2]),), _setup())
+    fresh.begin((tuple(texts[2]),), setup_of())
     alone = fresh.propose(Budget((0,), (4,), (K,), (2,)))
     assert alone.tree.num_nodes[0] == draft.tree.num_nodes[0]
     size = alone.tree.num_nodes[0]
@@ -94,8 +75,8 @@ def test_requests_may_leave_and_budgets_differ(name: str) -> None:
 @pytest.mark.parametrize("name", MAKERS)
 def test_budgets_are_kept_and_trees_are_well_formed(name: str, nodes: int) -> None:
     drafter, texts = MAKERS[name](), [t * 3 for t in prompts((5, 7), seed=4)]
-    drafter.begin(tuple(map(tuple, texts)), _setup())
-    tree = drafter.propose(_budget((0, 1), nodes)).tree
+    drafter.begin(tuple(map(tuple, texts)), setup_of())
+    tree = drafter.propose(budget_of((0, 1), nodes)).tree
     for b, size in enumerate(tree.num_nodes):
         parents = tree.parents[b].tolist()
         assert size - 1 <= nodes
@@ -116,8 +97,8 @@ def test_a_sampled_chain_repeats_with_its_noise_and_tells_its_law() -> None:
     drafts = []
     for seed in (1, 1, 2):
         drafter = MAKERS["chain"]()
-        drafter.begin((tuple(prompts((9,))[0]),), _setup(Law.INDEPENDENT, DraftSampling(process, Noise(seed))))
-        drafts.append(drafter.propose(_budget((0,))))
+        drafter.begin((tuple(prompts((9,))[0]),), setup_of(Law.INDEPENDENT, DraftSampling(process, Noise(seed))))
+        drafts.append(drafter.propose(budget_of((0,))))
     assert torch.equal(drafts[0].tree.tokens, drafts[1].tree.tokens)
     q = drafts[0].q
     assert q is not None
@@ -131,16 +112,16 @@ def test_a_sampled_chain_repeats_with_its_noise_and_tells_its_law() -> None:
 
 def test_lookup_finds_the_latest_longest_match() -> None:
     drafter = PromptLookupDrafter(min_ngram=2, max_ngram=3)
-    drafter.begin(((1, 2, 3, 9, 1, 2, 3, 4, 5, 7, 1, 2, 3),), _setup())
-    assert drafter.propose(_budget((0,), 3)).tree.tokens.tolist() == [[3, 4, 5, 7]]
-    _commit(drafter, [[]], (0,), [[8]])
-    assert drafter.propose(_budget((0,), 3)).tree.num_nodes == (1,)
+    drafter.begin(((1, 2, 3, 9, 1, 2, 3, 4, 5, 7, 1, 2, 3),), setup_of())
+    assert drafter.propose(budget_of((0,), 3)).tree.tokens.tolist() == [[3, 4, 5, 7]]
+    commit(drafter, [[]], (0,), [[8]])
+    assert drafter.propose(budget_of((0,), 3)).tree.num_nodes == (1,)
 
 
 def test_suffix_gives_a_tree_where_continuations_differ() -> None:
     drafter = SuffixDrafter([[1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 3, 4]])
-    drafter.begin(((9, 1, 2, 3),), _setup())
-    tree = drafter.propose(_budget((0,))).tree
+    drafter.begin(((9, 1, 2, 3),), setup_of())
+    tree = drafter.propose(budget_of((0,))).tree
     assert tree.tokens.tolist() == [[3, 4, 5]]
     assert tree.parents.tolist() == [[-1, 0, 0]]
 

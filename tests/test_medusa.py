@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from scipy import stats
 from torch import nn
 
 from specdec.controller import root_tree
@@ -21,6 +20,7 @@ from specdec.noise import Noise
 from specdec.planner import FixedPlanner
 from specdec.types import Budget, Committed, Draft, Law
 from tests.support_compare import RecordingPlanner, assert_same_greedy
+from tests.support_drafters import assert_same_draft, budget_of, chi_square, flattened, setup_of
 from tests.support_models import VOCABULARY, left_padded, prompts, tiny_model
 
 pytestmark = pytest.mark.slow
@@ -93,14 +93,6 @@ MAKERS: dict[str, Callable[[], MedusaDrafter]] = {
 }
 
 
-def _setup(law: Law = Law.DETERMINISTIC, sampling: DraftSampling | None = None) -> DraftSetup:
-    return DraftSetup(torch.device("cpu"), VOCABULARY, 256, law, sampling)
-
-
-def _budget(requests: tuple[int, ...], nodes: int = 6) -> Budget:
-    return Budget(requests, (nodes,) * len(requests), (K,) * len(requests), (2,) * len(requests))
-
-
 def _begun(drafter: MedusaDrafter, texts: list[list[int]], setup: DraftSetup) -> MedusaDrafter:
     """A drafter that has seen the texts, the last token of each as a round of plain decoding gave it."""
     drafter.begin(tuple(tuple(text[:-1]) for text in texts), setup)
@@ -110,12 +102,6 @@ def _begun(drafter: MedusaDrafter, texts: list[list[int]], setup: DraftSetup) ->
         Committed(requests, tuple((text[-1],) for text in texts), (0,) * len(texts), paths=((),) * len(texts), taps=taps)
     )
     return drafter
-
-
-def _assert_same(a: Draft, b: Draft) -> None:
-    assert a.tree.num_nodes == b.tree.num_nodes
-    assert torch.equal(a.tree.tokens, b.tree.tokens)
-    assert torch.equal(a.tree.parents, b.tree.parents)
 
 
 def test_every_layer_and_head_is_its_own_and_named() -> None:
@@ -154,21 +140,21 @@ def test_heads_compute_their_definition() -> None:
 def test_drafted_chains_are_the_heads_argmax(batch: int, bias: bool, shared: bool) -> None:
     heads = _heads(2, shared=shared, bias=bias, seed=4)
     texts = prompts((9, 4, 6, 5, 12)[:batch], seed=8)
-    drafter = _begun(MedusaDrafter(heads, LM_HEAD if shared else None), texts, _setup())
+    drafter = _begun(MedusaDrafter(heads, LM_HEAD if shared else None), texts, setup_of())
     with torch.no_grad():
         expected = heads.logits(_hidden(texts), LM_HEAD if shared else None).argmax(-1).t()
-    assert torch.equal(drafter.propose(_budget(tuple(range(batch)))).tree.tokens[:, 1:], expected)
+    assert torch.equal(drafter.propose(budget_of(tuple(range(batch)))).tree.tokens[:, 1:], expected)
 
 
 def test_changed_weights_are_seen_by_the_next_call() -> None:
     heads, texts = _heads(), prompts((9,), seed=8)
-    drafter = _begun(MedusaDrafter(heads), texts, _setup())
-    before = drafter.propose(_budget((0,))).tree.tokens
+    drafter = _begun(MedusaDrafter(heads), texts, setup_of())
+    before = drafter.propose(budget_of((0,))).tree.tokens
     with torch.no_grad():
         for head in heads.heads:
             head.weight.neg_()
-    after = _begun(drafter, texts, _setup()).propose(_budget((0,))).tree.tokens
-    _assert_same(drafter.propose(_budget((0,))), _begun(MedusaDrafter(heads), texts, _setup()).propose(_budget((0,))))
+    after = _begun(drafter, texts, setup_of()).propose(budget_of((0,))).tree.tokens
+    assert_same_draft(drafter.propose(budget_of((0,))), _begun(MedusaDrafter(heads), texts, setup_of()).propose(budget_of((0,))))
     assert not torch.equal(after, before)
 
 
@@ -197,53 +183,40 @@ def _round(drafter: MedusaDrafter, texts: list[list[int]], draft: Draft, counts:
 @pytest.mark.parametrize("name", MAKERS)
 def test_state_equals_state_rebuilt(name: str) -> None:
     drafter, texts = MAKERS[name](), prompts((9, 4), seed=2)
-    drafter.begin(tuple(map(tuple, texts)), _setup())
-    assert drafter.propose(_budget((0, 1))).tree.num_nodes == (1, 1), "there is no hidden state yet"
+    drafter.begin(tuple(map(tuple, texts)), setup_of())
+    assert drafter.propose(budget_of((0, 1))).tree.num_nodes == (1, 1), "there is no hidden state yet"
     for round_ in range(2 * (K + 1)):
         asked = round_ % 3 != 2
         plain = Draft(root_tree([text[-1] for text in texts], torch.device("cpu")), Law.DETERMINISTIC)
-        draft = drafter.propose(_budget((0, 1))) if asked else plain
+        draft = drafter.propose(budget_of((0, 1))) if asked else plain
         _round(drafter, texts, draft, [(round_ + b) % (K + 1) for b in range(2)], 3 + round_)
-        fresh = _begun(MAKERS[name](), texts, _setup())
-        again = drafter.propose(_budget((0, 1)))
+        fresh = _begun(MAKERS[name](), texts, setup_of())
+        again = drafter.propose(budget_of((0, 1)))
         assert again.tree.num_nodes[0] > K
-        _assert_same(again, fresh.propose(_budget((0, 1))))
+        assert_same_draft(again, fresh.propose(budget_of((0, 1))))
 
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_requests_may_leave_and_budgets_differ(name: str) -> None:
     texts = prompts((9, 4, 6), seed=2)
-    drafter = _begun(MAKERS[name](), texts, _setup())
+    drafter = _begun(MAKERS[name](), texts, setup_of())
     draft = drafter.propose(Budget((2, 0), (4, 0), (K, K), (2, 2)))
     assert draft.tree.num_nodes[1] == 1
     assert draft.tree.tokens[:, 0].tolist() == [texts[2][-1], texts[0][-1]]
-    alone = _begun(MAKERS[name](), [texts[2]], _setup()).propose(Budget((0,), (4,), (K,), (2,)))
+    alone = _begun(MAKERS[name](), [texts[2]], setup_of()).propose(Budget((0,), (4,), (K,), (2,)))
     assert alone.tree.num_nodes[0] == draft.tree.num_nodes[0]
     assert torch.equal(draft.tree.tokens[:1, : alone.tree.num_nodes[0]], alone.tree.tokens)
-
-
-def _temperature(logits: torch.Tensor, paths: Paths) -> torch.Tensor:
-    return logits.float() / 3.0
-
-
-def _chi_square(drawn: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The p-value of counts [V], rare tokens taken together."""
-    order = wanted.argsort()
-    rare = order[wanted[order].cumsum(0) < 10]
-    rest = order[len(rare) :]
-    seen, law = (torch.cat((x[rest], x[rare].sum()[None])) if len(rare) else x for x in (drawn, wanted))
-    return float(stats.chisquare(seen.numpy(), law.numpy()).pvalue)
 
 
 def test_drawn_chains_follow_the_law_that_they_tell() -> None:
     count, heads = 3000, _heads(seed=2)
     text = prompts((9,))[0]
     drafter = MedusaDrafter(heads)
-    drafter.begin(((text[0],),) * count, _setup(Law.INDEPENDENT, DraftSampling(_temperature, Noise(3))))
+    drafter.begin(((text[0],),) * count, setup_of(Law.INDEPENDENT, DraftSampling(flattened, Noise(3))))
     hidden = _hidden([text])
     taps = {"last_hidden": hidden[:, None].expand(count, -1, -1)}
     drafter.commit(Committed(tuple(range(count)), ((text[-1],),) * count, (0,) * count, ((),) * count, taps))
-    draft = drafter.propose(_budget(tuple(range(count))))
+    draft = drafter.propose(budget_of(tuple(range(count))))
     assert draft.q is not None
     assert draft.q.shape == (count, K + 1, VOCABULARY)
     with torch.no_grad():
@@ -252,7 +225,7 @@ def test_drawn_chains_follow_the_law_that_they_tell() -> None:
     for k in range(K):
         drawn = torch.bincount(draft.tree.tokens[:, k + 1], minlength=VOCABULARY).double()
         law = draft.q[0, k].double()
-        assert _chi_square(drawn, law / law.sum() * count) > ALPHA
+        assert chi_square(drawn, law / law.sum() * count) > ALPHA
 
 
 def test_processors_see_the_tokens_drawn_before() -> None:
@@ -263,13 +236,13 @@ def test_processors_see_the_tokens_drawn_before() -> None:
         return logits.float()
 
     texts = prompts((9, 4))
-    drafter = _begun(MedusaDrafter(_heads()), texts, _setup(Law.INDEPENDENT, DraftSampling(process, Noise(1))))
-    tokens = drafter.propose(_budget((0, 1))).tree.tokens.tolist()
+    drafter = _begun(MedusaDrafter(_heads()), texts, setup_of(Law.INDEPENDENT, DraftSampling(process, Noise(1))))
+    tokens = drafter.propose(budget_of((0, 1))).tree.tokens.tolist()
     assert seen == [[(b, tuple(tokens[b][1 : 1 + k])) for b in range(2)] for k in range(K)]
 
 
 def test_a_rule_may_stop_a_chain_before_a_place_is_drawn() -> None:
-    drafter = _begun(MedusaDrafter(_heads()), prompts((9,)), _setup())
+    drafter = _begun(MedusaDrafter(_heads()), prompts((9,)), setup_of())
     asked: list[float] = []
 
     def stop(surest: float) -> bool:
@@ -356,7 +329,7 @@ def test_what_does_not_fit_is_told_with_names_and_numbers() -> None:
     with pytest.raises(SpecDecError, match=r"cpu.*meta"):
         MedusaDrafter(heads).begin(((1,),), DraftSetup(torch.device("meta"), VOCABULARY, 64, Law.DETERMINISTIC))
     drafter = MedusaDrafter(heads)
-    drafter.begin(((1, 2),), _setup())
+    drafter.begin(((1, 2),), setup_of())
     with pytest.raises(SpecDecError, match=r"32.*48"):
         drafter.commit(Committed((0,), ((5,),), (0,), ((),), {"last_hidden": torch.zeros(1, 1, 48)}))
     with pytest.raises(SpecDecError, match="nothing"):

@@ -7,17 +7,17 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from scipy import stats
 
-from specdec.drafters.base import DraftSampling, DraftSetup, Paths
+from specdec.drafters.base import DraftSampling, DraftSetup
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.drafters.pard import PardDrafter
 from specdec.errors import SpecDecError, VocabularyMismatchError
 from specdec.generator import SpeculativeGenerator
 from specdec.noise import Noise
 from specdec.planner import FixedPlanner
-from specdec.types import Budget, Committed, Draft, Law
+from specdec.types import Budget, Committed, Law
 from tests.support_compare import Negated, RecordingPlanner, assert_same_greedy
+from tests.support_drafters import assert_same_draft, budget_of, chi_square, commit, flattened, setup_of
 from tests.support_models import VOCABULARY, left_padded, noised, prompts, tiny_model
 
 pytestmark = pytest.mark.slow
@@ -30,26 +30,6 @@ ALPHA = 1e-4
 Shape = Literal["chain", "tree"]
 
 
-def _setup(law: Law = Law.DETERMINISTIC, sampling: DraftSampling | None = None) -> DraftSetup:
-    return DraftSetup(torch.device("cpu"), VOCABULARY, 256, law, sampling)
-
-
-def _budget(requests: tuple[int, ...], nodes: int = 6, depth: int = K) -> Budget:
-    return Budget(requests, (nodes,) * len(requests), (depth,) * len(requests), (2,) * len(requests))
-
-
-def _commit(drafter: Any, texts: list[list[int]], requests: tuple[int, ...], tokens: list[list[int]]) -> None:
-    for request, new in zip(requests, tokens, strict=True):
-        texts[request].extend(new)
-    drafter.commit(Committed(requests, tuple(map(tuple, tokens)), tuple(len(t) - 1 for t in tokens)))
-
-
-def _assert_same(a: Draft, b: Draft) -> None:
-    assert a.tree.num_nodes == b.tree.num_nodes
-    assert torch.equal(a.tree.tokens, b.tree.tokens)
-    assert torch.equal(a.tree.parents, b.tree.parents)
-
-
 @torch.no_grad()
 def _places(text: list[int], count: int = K) -> torch.Tensor:
     """[K, V]: the model's own logits behind the text and behind each mask."""
@@ -60,20 +40,20 @@ def _places(text: list[int], count: int = K) -> torch.Tensor:
 @pytest.mark.parametrize("shape", ["chain", "tree"])
 def test_state_equals_state_rebuilt(shape: Shape) -> None:
     drafter, texts = PardDrafter(MODEL, MASK, shape=shape), prompts((9, 4), seed=2)
-    drafter.begin(tuple(map(tuple, texts)), _setup())
+    drafter.begin(tuple(map(tuple, texts)), setup_of())
     for round_ in range(2 * (K + 1)):
         asked = round_ % 3 != 2
         if asked:
-            draft = drafter.propose(_budget((0, 1)))
+            draft = drafter.propose(budget_of((0, 1)))
         new = []
         for b in range(2):
             own = draft.tree.tokens[b, 1 : 1 + (round_ + b) % (K + 1)].tolist() if asked else []
             new.append([*own, 3 + round_])
-        _commit(drafter, texts, (0, 1), new)
+        commit(drafter, texts, (0, 1), new)
         fresh = PardDrafter(MODEL, MASK, shape=shape)
-        fresh.begin(tuple(map(tuple, texts)), _setup())
-        again = drafter.propose(_budget((0, 1)))
-        _assert_same(again, fresh.propose(_budget((0, 1))))
+        fresh.begin(tuple(map(tuple, texts)), setup_of())
+        again = drafter.propose(budget_of((0, 1)))
+        assert_same_draft(again, fresh.propose(budget_of((0, 1))))
         assert drafter.runner.cache.lengths == list(map(len, texts))
         if shape == "chain":
             expected = torch.stack([_places(text).argmax(-1) for text in texts])
@@ -83,15 +63,15 @@ def test_state_equals_state_rebuilt(shape: Shape) -> None:
 @pytest.mark.parametrize("shape", ["chain", "tree"])
 def test_requests_may_leave_and_budgets_differ(shape: Shape) -> None:
     drafter, texts = PardDrafter(MODEL, MASK, shape=shape), prompts((9, 4, 6), seed=2)
-    drafter.begin(tuple(map(tuple, texts)), _setup())
-    drafter.propose(_budget((0, 1, 2)))
-    _commit(drafter, texts, (0, 1, 2), [[5], [6, 7], [8]])
-    _commit(drafter, texts, (2,), [[4, 5]])
+    drafter.begin(tuple(map(tuple, texts)), setup_of())
+    drafter.propose(budget_of((0, 1, 2)))
+    commit(drafter, texts, (0, 1, 2), [[5], [6, 7], [8]])
+    commit(drafter, texts, (2,), [[4, 5]])
     draft = drafter.propose(Budget((2, 0), (4, 0), (K, K), (2, 2)))
     assert draft.tree.num_nodes[1] == 1
     assert draft.tree.tokens[:, 0].tolist() == [texts[2][-1], texts[0][-1]]
     fresh = PardDrafter(MODEL, MASK, shape=shape)
-    fresh.begin((tuple(texts[2]),), _setup())
+    fresh.begin((tuple(texts[2]),), setup_of())
     alone = fresh.propose(Budget((0,), (4,), (K,), (2,)))
     assert alone.tree.num_nodes[0] == draft.tree.num_nodes[0] > 2
     assert torch.equal(draft.tree.tokens[:1, : alone.tree.num_nodes[0]], alone.tree.tokens)
@@ -99,13 +79,13 @@ def test_requests_may_leave_and_budgets_differ(shape: Shape) -> None:
 
 @pytest.mark.parametrize("law", [Law.DETERMINISTIC, Law.INDEPENDENT, Law.COUPLED])
 def test_one_place_is_what_an_ordinary_draft_model_says(law: Law) -> None:
-    sampling = None if law is Law.DETERMINISTIC else DraftSampling(_temperature, Noise(5))
+    sampling = None if law is Law.DETERMINISTIC else DraftSampling(flattened, Noise(5))
     texts, drafters = prompts((9, 4), seed=6), [PardDrafter(MODEL, MASK), DraftModelDrafter(MODEL)]
     for drafter in drafters:
-        drafter.begin(tuple(map(tuple, texts)), _setup(law, sampling))
+        drafter.begin(tuple(map(tuple, texts)), setup_of(law, sampling))
     for _ in range(3):
-        ours, theirs = (drafter.propose(_budget((0, 1), depth=1)) for drafter in drafters)
-        _assert_same(ours, theirs)
+        ours, theirs = (drafter.propose(budget_of((0, 1), depth=1)) for drafter in drafters)
+        assert_same_draft(ours, theirs)
         assert ours.law is theirs.law is law
         if law is Law.INDEPENDENT:
             assert torch.equal(ours.q, theirs.q)  # type: ignore[arg-type]
@@ -115,7 +95,7 @@ def test_one_place_is_what_an_ordinary_draft_model_says(law: Law) -> None:
 
 def test_depth_may_differ_and_pass_what_was_trained() -> None:
     drafter, texts = PardDrafter(MODEL, MASK), prompts((9, 4), seed=2)
-    drafter.begin(tuple(map(tuple, texts)), _setup())
+    drafter.begin(tuple(map(tuple, texts)), setup_of())
     draft = drafter.propose(Budget((0, 1), (12, 12), (12, 2), (1, 1)))
     assert draft.tree.num_nodes == (13, 3)
     assert torch.equal(draft.tree.tokens[0, 1:], _places(texts[0], 12).argmax(-1))
@@ -126,37 +106,24 @@ def test_nothing_is_drafted_beyond_the_models_positions() -> None:
     limit = MODEL.config.max_position_embeddings
     drafter = PardDrafter(MODEL, MASK)
     drafter.begin((tuple(prompts((limit - K,))[0]),), DraftSetup(torch.device("cpu"), VOCABULARY, limit + 64, Law.DETERMINISTIC))
-    assert drafter.propose(_budget((0,))).tree.num_nodes == (K + 1,)
+    assert drafter.propose(budget_of((0,))).tree.num_nodes == (K + 1,)
     drafter.commit(Committed((0,), ((5,),), (0,)))
-    assert drafter.propose(_budget((0,))).tree.num_nodes == (1,)
-
-
-def _temperature(logits: torch.Tensor, paths: Paths) -> torch.Tensor:
-    return logits.float() / 3.0
-
-
-def _chi_square(drawn: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The p-value of counts [V], rare tokens taken together."""
-    order = wanted.argsort()
-    rare = order[wanted[order].cumsum(0) < 10]
-    rest = order[len(rare) :]
-    seen, law = (torch.cat((x[rest], x[rare].sum()[None])) if len(rare) else x for x in (drawn, wanted))
-    return float(stats.chisquare(seen.numpy(), law.numpy()).pvalue)
+    assert drafter.propose(budget_of((0,))).tree.num_nodes == (1,)
 
 
 def test_drawn_chains_follow_the_law_that_they_tell() -> None:
     count, text = 1500, prompts((5,))[0]
     drafter = PardDrafter(MODEL, MASK)
-    setup = DraftSetup(torch.device("cpu"), VOCABULARY, 16, Law.INDEPENDENT, DraftSampling(_temperature, Noise(3)))
+    setup = DraftSetup(torch.device("cpu"), VOCABULARY, 16, Law.INDEPENDENT, DraftSampling(flattened, Noise(3)))
     drafter.begin((tuple(text),) * count, setup)
-    draft = drafter.propose(_budget(tuple(range(count))))
+    draft = drafter.propose(budget_of(tuple(range(count))))
     assert draft.q is not None
     assert draft.q.shape == (count, K + 1, VOCABULARY)
     torch.testing.assert_close(draft.q[7, :K], (_places(text) / 3.0).softmax(-1), atol=1e-4, rtol=1e-3)
     for k in range(K):
         drawn = torch.bincount(draft.tree.tokens[:, k + 1], minlength=VOCABULARY).double()
         law = draft.q[0, k].double()
-        assert _chi_square(drawn, law / law.sum() * count) > ALPHA
+        assert chi_square(drawn, law / law.sum() * count) > ALPHA
 
 
 def _wrong() -> Any:

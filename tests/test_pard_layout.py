@@ -73,6 +73,9 @@ def test_ids_and_labels(drop: dict[str, float]) -> None:
             labelled = there < len(text) and bool(counts[there])
             assert rows.ids[m, place] == (text[anchor] if depth == 0 else MASK)
             assert rows.labels[m, place] == (text[there] if labelled else -100)
+            if labelled:
+                assert documents[m, rows.places[m, place]] == document
+                assert ids[m, rows.places[m, place] + 1] == text[there]
             assert rows.weights[m, place] == (0.5**depth if labelled else 0.0)
 
 

@@ -11,7 +11,8 @@ import torch
 from specdec.drafters.base import DraftSetup
 from specdec.drafters.datastore import Datastore
 from specdec.drafters.datastore_build import build_datastore
-from specdec.drafters.retrieval import AnswerCache, RetrievalDrafter, Worth, best_first, tree_of_rows
+from specdec.drafters.lookup_base import likeliest_tree
+from specdec.drafters.retrieval import AnswerCache, RetrievalDrafter, Worth, tree_of_rows
 from specdec.errors import CheckpointError, SpecDecError, VocabularyMismatchError
 from specdec.generator import SpeculativeGenerator
 from specdec.planner import FixedPlanner
@@ -243,7 +244,7 @@ def test_trees_keep_to_their_budget() -> None:
 def test_an_unlikely_path_is_not_worth_a_row() -> None:
     rows = [[1, 2]] * 19 + [[3, 4]]
     assert tree_of_rows(rows, 9, 2, 4) == ([1, 2], [0, 1])
-    assert best_first(0, lambda _: [(0.5, 7, 0)], 99, 99, 1) == ([7, 7, 7], [0, 1, 2])
+    assert likeliest_tree(0, lambda _: [(0.5, 7, 0)], 99, 99, 1) == ([7, 7, 7], [0, 1, 2])
 
 
 def test_wrong_options_are_told(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from specdec.verify.compatibility import Rule
 from specdec.verify.greedy import Greedy
 from specdec.verify.rejection import TokenRejection
 from specdec.verify.sample_and_match import SampleAndMatch
+from specdec.verify.typical import TypicalLossy
 from tests.support_enumeration import (
     Law1,
     Replay,
@@ -26,6 +28,7 @@ from tests.support_enumeration import (
 )
 
 EXACT = 1e-12
+TYPICAL = TypicalLossy(epsilon=0.3, delta=0.9)
 KINDS = ["random", "zeros", "one-hot"]
 
 
@@ -165,3 +168,39 @@ def test_dropping_drawn_tokens_is_harmless_to_sample_and_match() -> None:
         return continue_law(p, extend([(0,)], draft.tree, verdict)[0], 3)
 
     assert total_variation(enumerate_all(run), continue_law(p, (0,), 3)) < EXACT
+
+
+def _typical(p: Table, tree: TokenTree, node: int) -> bool:
+    """Whether typical acceptance keeps a node, by its definition; node 0 always."""
+    if node == 0:
+        return True
+    parent = int(tree.parents[0, node])
+    path, at = [], parent
+    while at > 0:
+        path.append(int(tree.tokens[0, at]))
+        at = int(tree.parents[0, at])
+    law = p((0, *reversed(path)))
+    entropy = -sum(v * math.log(v + 1e-5) for v in law.tolist())
+    asked = min(TYPICAL.epsilon, TYPICAL.delta * math.exp(-entropy))
+    return float(law[tree.tokens[0, node]]) > asked and _typical(p, tree, parent)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_typical_acceptance_keeps_what_its_definition_keeps_and_then_draws_from_the_target(seed: int) -> None:
+    p = Table(4, seed)
+    tokens, parents = torch.tensor([[0, 1, 2, 3, 0, 1, 2]]), torch.tensor([[-1, 0, 0, 1, 1, 2, 3]])
+    tree = TokenTree(tokens, parents, (7,))
+    texts: list[tuple[int, ...]] = [()]
+    for node in range(1, 7):
+        texts.append((*texts[int(parents[0, node])], int(tokens[0, node])))
+    best = max((text for node, text in enumerate(texts) if _typical(p, tree, node)), key=len)
+    draft = Draft(tree, Law.DETERMINISTIC)
+    law = enumerate_all(lambda replay: extend([(0,)], tree, TYPICAL.verify(draft, scores_of(p, [(0,)], tree), replay))[0])
+    wanted = {(0, *best, token): weight for token, weight in enumerate(p((0, *best)).tolist())}
+    assert total_variation(law, wanted) < EXACT
+
+
+def test_typical_acceptance_is_not_lossless_and_says_so() -> None:
+    assert not TYPICAL.lossless
+    ours, exact = _law(TYPICAL, Table(2, 1), Table(2, 2), (2,), rounds=1)
+    assert total_variation(ours, exact) > 0.01

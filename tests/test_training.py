@@ -9,25 +9,30 @@ import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import DistributedType
 from rich.console import Console
 from safetensors.torch import load_file
 
 from specdec import SpeculativeGenerator, bundled_path
 from specdec.drafters.checkpoints import load_medusa
 from specdec.errors import CheckpointError, SpecDecError
-from specdec.training.config import DraftTraining, MedusaTraining, PardTraining, load_config
+from specdec.training import loop
+from specdec.training.config import DraftTraining, MedusaTraining, PardTraining
 from specdec.training.export import export
-from specdec.training.loop import train
-from specdec.training.models import load_lm, make_draft
+from specdec.training.loop import Run, train
+from specdec.training.models import Body, load_lm, make_draft
 from specdec.training.objective_draft import DraftObjective, continued
 from specdec.training.objective_medusa import MedusaObjective
 from specdec.training.objective_pard import PardObjective
 from specdec.training.optimiser import rate_at
 from specdec.training.packing import PackedRows
+from specdec.training.pard_layout import bool_mask
+from specdec.training.settings import load_config
 
 pytestmark = pytest.mark.slow
 
@@ -109,6 +114,22 @@ def test_a_stopped_run_gives_the_weights_of_one_that_was_not(kind: str, data: Pa
     assert _losses(tmp_path / "parts") == _losses(tmp_path / "whole")
 
 
+def test_a_sharded_run_goes_on_from_accelerates_own_checkpoints(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = _train("draft", data, tmp_path / "whole")
+    # accelerate shards on GPUs only: here every run counts as sharded, and the one process holds all parts.
+    monkeypatch.setattr(loop, "DistributedType", SimpleNamespace(FSDP=DistributedType.NO))
+    config = _config("draft", data, tmp_path / "parts")
+    with pytest.raises(KeyboardInterrupt):
+        train(config, _Stop(DraftObjective, after=3), ["test"], QUIET)
+    report = train(config, DraftObjective, ["test"], QUIET)
+    ours, theirs = _weights(report.folder), _weights(whole.folder)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert _losses(tmp_path / "parts") == _losses(tmp_path / "whole")
+    assert not list((tmp_path / "parts" / "checkpoints").glob("*/weights.safetensors"))
+
+
 class _Stop:
     """An objective whose user loses patience in the batch after so many."""
 
@@ -179,6 +200,36 @@ def test_every_divergence_trains(loss: str, data: Path, tmp_path: Path) -> None:
         "draft", data, tmp_path / "run", f"--draft.loss={loss}", "--optim.max_steps=2", "--run.save_every=0", "--data.held_out=0"
     )
     assert all(value > 0 for value in _losses(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("kind", ["medusa", "pard"])
+def test_what_is_taught_is_the_targets_law_in_front_of_each_label(kind: str, data: Path, tmp_path: Path) -> None:
+    flags = [f"--{kind}.loss=forward_kl", f"--{kind}.temperature=2", "--data.held_out=0"]
+    config = _config(kind, data, tmp_path / "run", *flags)
+    run = Run(config, KINDS[kind][1], QUIET)
+    (micro,) = run._micros(0)
+    figures = run.objective(micro, torch.ones(()))
+    target, layout = run.objective.target(), micro.layout
+    rows = micro.rows
+    p = (Body(target).of_rows(rows) @ Body(target).head_weight.T / 2).log_softmax(-1)
+    if kind == "pard":
+        q = (
+            Body(run.objective.model).hidden(layout.ids, layout.positions, bool_mask(layout))
+            @ Body(run.objective.model).head_weight.T
+        )
+        found = [(p[m, layout.places[m, i]], (q[m, i] / 2).log_softmax(-1)) for m, i in layout.weights.nonzero().tolist()]
+        wanted = sum((a.exp() * (a - b)).sum() for a, b in found)
+    else:
+        hidden = Body(target).of_rows(rows).flatten(0, 1)
+        q = (run.objective.heads.hidden(hidden) @ Body(target).head_weight.T / 2).log_softmax(-1)
+        flat = p.flatten(0, 1)
+        pairs = zip(layout.rows.tolist(), layout.heads.tolist(), layout.labels.tolist(), strict=True)
+        wanted = torch.zeros(())
+        for place, head, label in pairs:
+            assert rows.ids.flatten()[place + 2 + head] == label
+            a, b = flat[place + 1 + head], q[head, place]
+            wanted = wanted + 0.8 ** (head + 1) * (a.exp() * (a - b)).sum()
+    torch.testing.assert_close(figures.loss, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_a_cut_draft_begins_as_layers_of_the_target() -> None:

@@ -11,7 +11,6 @@ import pytest
 
 from specdec.errors import SpecDecError
 from specdec.training.config import (
-    ConfigError,
     DataConfig,
     DraftConfig,
     DraftTraining,
@@ -19,13 +18,8 @@ from specdec.training.config import (
     OptimConfig,
     PardTraining,
     RegenerateConfig,
-    list_flags,
-    load_config,
-    load_saved,
-    recipes,
-    resolved,
-    save_resolved,
 )
+from specdec.training.settings import ConfigError, list_flags, load_config, load_saved, recipes, resolved, save_resolved
 
 KINDS: tuple[type, ...] = (MedusaTraining, PardTraining, DraftTraining)
 

@@ -2,70 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
-import json
-import os
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from importlib import metadata, resources
-from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
-import yaml  # type: ignore[import-untyped]
+from specdec.training.settings import ConfigError, Opt, Section
 
-from specdec import __version__
-from specdec.errors import SpecDecError
-
-T = TypeVar("T")
 Loss = Literal["ce", "forward_kl", "reverse_kl", "jsd", "tv", "hybrid"]
-SAVED_AS = "training.json"
-_HUGE = sys.float_info.max
-
-
-class ConfigError(SpecDecError):
-    """A setting that is unknown, of the wrong type or out of range; the message names the key and where it stands."""
+_LOSS = "ce learns from the text, the others from the target's law behind it"
 
 
 @dataclass(frozen=True, slots=True)
-class Opt:
-    """What a setting is for, and its bounds, both allowed themselves."""
-
-    about: str
-    low: float = -_HUGE
-    high: float = _HUGE
-
-
-@dataclass(frozen=True, slots=True)
-class Flag:
-    """A setting that a user can give. name: dotted, as `optim.learning_rate`.  kind: its type."""
-
-    name: str
-    kind: Any
-    default: Any
-    opt: Opt
-
-    @property
-    def allowed(self) -> str:
-        """What may be given, in words."""
-        bounds = [("at least", self.opt.low), ("at most", self.opt.high)]
-        return ", ".join([_in_words(self.kind), *(f"{which} {bound:g}" for which, bound in bounds if abs(bound) < _HUGE)])
-
-
-class _Section:
-    """Checks bounds when it is built, by whatever way."""
-
-    __slots__ = ()
-
-    def __post_init__(self) -> None:
-        for flag in list_flags(type(self)):
-            if "." not in flag.name:
-                _check_bounds(flag, getattr(self, flag.name), type(self).__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class DataConfig(_Section):
+class DataConfig(Section):
     """What to train on, and how rows become token ids."""
 
     files: Annotated[tuple[str, ...], Opt("files (.json, .jsonl, .gz, .xz, .parquet), folders, or hub names")] = ()
@@ -85,7 +32,7 @@ class DataConfig(_Section):
 
 
 @dataclass(frozen=True, slots=True)
-class OptimConfig(_Section):
+class OptimConfig(Section):
     """How weights are changed. A step sees batch_rows · accumulate · processes rows of data.max_length tokens."""
 
     learning_rate: Annotated[float, Opt("at its peak", 0)] = 1e-4
@@ -104,7 +51,7 @@ class OptimConfig(_Section):
 
 
 @dataclass(frozen=True, slots=True)
-class RunConfig(_Section):
+class RunConfig(Section):
     """Where a run reads and writes."""
 
     target: Annotated[str, Opt("checkpoint folder or hub name; 'bundled' is the model that ships with specdec")] = "bundled"
@@ -114,17 +61,20 @@ class RunConfig(_Section):
     save_every: Annotated[int, Opt("steps; 0 saves at the end only", 0)] = 500
     keep: Annotated[int, Opt("newest checkpoints that stay", 1)] = 2
     resume: Annotated[bool, Opt("go on from the newest checkpoint in output, if there is one")] = True
+    push_to_hub: Annotated[str | None, Opt("hub repository that the result is uploaded to, as name/repository")] = None
     tracker: Annotated[Literal["none", "tensorboard", "wandb"], Opt("where figures go, beside the log file")] = "none"
     num_workers: Annotated[int, Opt("processes that prepare batches; 0 does it in the training process", 0)] = 0
 
 
 @dataclass(frozen=True, slots=True)
-class MedusaConfig(_Section):
+class MedusaConfig(Section):
     """Heads on the target's last hidden state (arXiv 2401.10774). joint: also trains the target, which changes what it says."""
 
     num_heads: Annotated[int, Opt("head k predicts k + 1 tokens after the next one", 1, 16)] = 4
     num_layers: Annotated[int, Opt("residual layers of a head", 1)] = 1
     shared_head: Annotated[bool, Opt("use the target's output matrix, frozen, in place of one a head")] = False
+    loss: Annotated[Loss, Opt(_LOSS)] = "forward_kl"
+    temperature: Annotated[float, Opt("of both laws in the loss", 0.01)] = 1.0
     decay: Annotated[float, Opt("weight of head k's loss is head_weight · decay^(k+1)", 0, 1)] = 0.8
     head_weight: Annotated[float, Opt("weight of the heads' loss; 0.2 is usual with joint", 0)] = 1.0
     joint: Annotated[bool, Opt("train LoRA adapters of the target together with the heads (Medusa-2)")] = False
@@ -134,18 +84,20 @@ class MedusaConfig(_Section):
     self_distill: Annotated[bool, Opt("with joint: hold the adapted target to the law of the original one")] = False
 
     def __post_init__(self) -> None:
-        _Section.__post_init__(self)
+        Section.__post_init__(self)
         if self.self_distill and not self.joint:
             raise ConfigError("medusa.self_distill needs medusa.joint, as without it the target does not change; set both or none")
 
 
 @dataclass(frozen=True, slots=True)
-class PardConfig(_Section):
+class PardConfig(Section):
     """A draft model that proposes several tokens in one forward with mask tokens (arXiv 2504.18583)."""
 
     draft: Annotated[str, Opt("checkpoint to adapt; 'bundled' is the draft that ships with specdec")] = "bundled"
     mask_token_id: Annotated[int | None, Opt("an unused token id; by default the tokenizer's mask token", 0)] = None
     num_tokens: Annotated[int, Opt("K, tokens proposed in a forward: one ordinary and K - 1 masks", 1, 64)] = 8
+    loss: Annotated[Loss, Opt(_LOSS)] = "forward_kl"
+    temperature: Annotated[float, Opt("of both laws in the loss", 0.01)] = 1.0
     conditional_drop: Annotated[bool, Opt("train on a share of the mask rows only")] = True
     retain: Annotated[float, Opt("share of depth i's rows that stay is retain^i", 0, 1)] = 0.7
     retain_min: Annotated[float, Opt("smallest such share", 0, 1)] = 0.2
@@ -153,7 +105,7 @@ class PardConfig(_Section):
 
 
 @dataclass(frozen=True, slots=True)
-class DraftConfig(_Section):
+class DraftConfig(Section):
     """A small language model that drafts (losses and data of DistillSpec, arXiv 2310.08461)."""
 
     init: Annotated[str, Opt("a checkpoint, 'bundled', 'cut' (layers of the target) or 'scratch'")] = "bundled"
@@ -163,14 +115,14 @@ class DraftConfig(_Section):
     intermediate_size: Annotated[int | None, Opt("with scratch; by default the target's", 1)] = None
     num_heads: Annotated[int | None, Opt("with scratch: attention heads", 1)] = None
     num_kv_heads: Annotated[int | None, Opt("with scratch: key-value heads", 1)] = None
-    loss: Annotated[Loss, Opt("between target and draft")] = "forward_kl"
+    loss: Annotated[Loss, Opt(_LOSS)] = "forward_kl"
     jsd_beta: Annotated[float, Opt("with jsd: weight of the target in the mixture", 0, 1)] = 0.5
     data: Annotated[Literal["fixed", "on_policy"], Opt("texts of the files, or also the draft's own continuations")] = "fixed"
     temperature: Annotated[float, Opt("of both laws in the loss, and of the draft's own continuations", 0)] = 1.0
     on_policy_share: Annotated[float, Opt("with on_policy: share of batches that the draft writes itself", 0, 1)] = 0.5
 
     def __post_init__(self) -> None:
-        _Section.__post_init__(self)
+        Section.__post_init__(self)
         if self.init == "cut" and bool(self.keep_layers) == (self.num_layers is not None):
             raise ConfigError("draft.init is cut: say which layers stay, by draft.keep_layers or else draft.num_layers")
         if self.data == "on_policy" and self.loss == "ce":
@@ -178,7 +130,7 @@ class DraftConfig(_Section):
 
 
 @dataclass(frozen=True, slots=True)
-class _Training(_Section):
+class _Training(Section):
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -206,7 +158,7 @@ class DraftTraining(_Training):
 
 
 @dataclass(frozen=True, slots=True)
-class RegenerateConfig(_Section):
+class RegenerateConfig(Section):
     """All settings of regeneration: the target answers the prompts of the data."""
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -221,180 +173,3 @@ class RegenerateConfig(_Section):
     seed: Annotated[int, Opt("of sampling", 0)] = 0
     device: Annotated[str, Opt("'auto' is a GPU where there is one")] = "auto"
     limit: Annotated[int | None, Opt("stop when the file has this many rows; may grow when a run goes on", 1)] = None
-
-
-def list_flags(kind: Any, prefix: str = "") -> tuple[Flag, ...]:
-    """Every setting of a configuration class, in order, those of its sections with dotted names."""
-    found: list[Flag] = []
-    hints = get_type_hints(kind, include_extras=True)
-    for one in fields(kind):
-        hint, name = hints[one.name], prefix + one.name
-        if is_dataclass(hint):
-            found += list_flags(hint, f"{name}.")
-        else:
-            found.append(Flag(name, hint.__origin__, one.default, *hint.__metadata__))
-    return tuple(found)
-
-
-def load_config(kind: type[T], *, recipe: str | None = None, file: str | Path | None = None, flags: Sequence[str] = ()) -> T:
-    """The configuration from a recipe, then the user's YAML file, then flags; what none of them has is the default.
-
-    recipe: a name of `recipes()`, or a YAML file's path.  flags: as on a command line, `--optim.learning_rate 1e-3`,
-    `--medusa.joint`, `--data.files a.jsonl b.jsonl`. Raises ConfigError, which names the key and where it stands.
-    """
-    known = {flag.name: flag for flag in list_flags(kind)}
-    values = _from_yaml(recipe, known) if recipe is not None else {}
-    values |= _from_yaml(file, known) if file is not None else {}
-    return _build(kind, values | _from_flags(flags, known), "")
-
-
-def recipes() -> tuple[str, ...]:
-    """Names of the recipes that come with specdec."""
-    names = [path.name for path in resources.files("specdec.training").iterdir()]
-    return tuple(sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml")))
-
-
-def resolved(config: Any) -> dict[str, Any]:
-    """Every setting, defaults included, as JSON and YAML can hold it."""
-    return dict(json.loads(json.dumps(asdict(config))))
-
-
-def save_resolved(config: Any, command: Sequence[str], folder: str | Path) -> Path:
-    """Write training.json: the settings, the command line and the versions. A crash leaves the old file or the new one."""
-    versions = {"specdec": __version__} | {name: metadata.version(name) for name in ("torch", "transformers")}
-    content = {"kind": type(config).__name__, "config": resolved(config), "command": list(command), "versions": versions}
-    path = Path(folder) / SAVED_AS
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(new, path)
-    return path
-
-
-def load_saved(kind: type[T], folder: str | Path) -> T:
-    """The configuration that `save_resolved` wrote; equal to the one it was given."""
-    path = Path(folder) / SAVED_AS
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["kind"] != kind.__name__:
-            raise ValueError(f"it is of a {content['kind']}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} does not hold the settings of a {kind.__name__}; give such a run's folder: {error!r}") from error
-    return _build(kind, dict(_flat(content["config"], "", str(path), {f.name: f for f in list_flags(kind)})), "")
-
-
-def _from_yaml(source: str | Path, known: Mapping[str, Flag]) -> dict[str, Any]:
-    path = Path(source).expanduser()
-    if str(source) in recipes():
-        path = Path(str(resources.files("specdec.training").joinpath(f"{source}.yaml")))
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        message = f"{path} cannot be read as YAML; give a file, or one of the recipes {', '.join(recipes())}: {error}"
-        raise ConfigError(message) from error
-    return dict(_flat(content, "", str(path), known))
-
-
-def _flat(content: Any, prefix: str, origin: str, known: Mapping[str, Flag]) -> Iterator[tuple[str, Any]]:
-    if not isinstance(content, dict | None):
-        what = f"section {prefix[:-1]}" if prefix else "the file"
-        raise ConfigError(f"{origin}: {what} holds {content!r}; it has to hold settings, each as `name: value`")
-    for key, value in (content or {}).items():
-        name = f"{prefix}{key}"
-        if name in known:
-            yield name, _checked(known[name], value, origin, text=False)
-        elif any(other.startswith(f"{name}.") for other in known):
-            yield from _flat(value, f"{name}.", origin, known)
-        else:
-            raise _unknown(name, origin, known)
-
-
-def _from_flags(flags: Sequence[str], known: Mapping[str, Flag]) -> dict[str, Any]:
-    origin, given, name = "command line", {}, None
-    for word in flags:
-        if word.startswith("--"):
-            name, equals, value = word[2:].partition("=")
-            name = name.replace("-", "_")
-            if name not in known:
-                raise _unknown(name, origin, known)
-            given[name] = [value] if equals else []
-        elif name is None:
-            raise ConfigError(f"{origin}: {word!r} belongs to no flag; settings are given as --section.name value")
-        else:
-            given[name].append(word)
-    return {name: _checked(known[name], _words(known[name], words), origin, text=True) for name, words in given.items()}
-
-
-def _words(flag: Flag, words: list[str]) -> Any:
-    """A list's words, or the one value; numbers of a list may stand between commas, a flag alone is true."""
-    if get_origin(flag.kind) is tuple:
-        return words if get_args(flag.kind)[0] is str else [part for word in words for part in word.split(",") if part]
-    words = words or ["true"] * (flag.kind is bool)
-    if len(words) != 1:
-        raise ConfigError(f"command line: --{flag.name} got {len(words)} values; it takes one, {flag.allowed}")
-    return words[0]
-
-
-def _unknown(name: str, origin: str, known: Mapping[str, Flag]) -> ConfigError:
-    ends = {other.rpartition(".")[2]: other for other in known}
-    last = [ends[end] for end in difflib.get_close_matches(name.rpartition(".")[2], ends, n=1)]
-    near = last or difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(known)}"
-    return ConfigError(f"{origin}: {name} is not a setting; {hint}")
-
-
-def _checked(flag: Flag, value: Any, origin: str, *, text: bool) -> Any:
-    try:
-        converted = _convert(flag.kind, value, text)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{origin}: {flag.name} is {value!r}; allowed is {flag.allowed}") from error
-    _check_bounds(flag, converted, origin)
-    return converted
-
-
-def _check_bounds(flag: Flag, value: Any, origin: str) -> None:
-    numbers = [one for one in (value if isinstance(value, tuple) else (value,)) if isinstance(one, int | float)]
-    # A NaN is in no range.
-    if not all(flag.opt.low <= one <= flag.opt.high for one in numbers):
-        raise ConfigError(f"{origin}: {flag.name} is {value!r}; allowed is {flag.allowed}")
-
-
-def _convert(kind: Any, value: Any, text: bool) -> Any:
-    """The value as that type; text: it comes from a command line. Raises TypeError or ValueError."""
-    outer, inner = get_origin(kind), get_args(kind)
-    if outer in (Union, UnionType):
-        nothing = value is None or (text and value.lower() in ("none", "null"))
-        return None if nothing else _convert(next(k for k in inner if k is not NoneType), value, text)
-    if outer is tuple and isinstance(value, list):
-        return tuple(_convert(inner[0], one, text) for one in value)
-    if outer is Literal and value in inner:
-        return value
-    if kind is bool and text and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    # YAML reads 1e-3, without a point, as text.
-    if (kind is float and type(value) in (int, str)) or (kind is int and text):
-        return kind(value)
-    if outer is None and type(value) is kind:
-        return value
-    raise TypeError
-
-
-def _in_words(kind: Any) -> str:
-    outer, inner = get_origin(kind), get_args(kind)
-    if outer in (Union, UnionType):
-        return " or ".join("none" if k is NoneType else _in_words(k) for k in inner)
-    if outer is tuple:
-        return f"a list, each {_in_words(inner[0])}"
-    if outer is Literal:
-        return "one of " + ", ".join(inner)
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
-
-
-def _build(kind: type[T], values: Mapping[str, Any], prefix: str) -> T:
-    given: dict[str, Any] = {}
-    for name, hint in get_type_hints(kind).items():
-        if is_dataclass(hint):
-            given[name] = _build(hint, values, f"{prefix}{name}.")  # type: ignore[arg-type]
-        elif prefix + name in values:
-            given[name] = values[prefix + name]
-    return kind(**given)

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
-from specdec.bundled import bundled_path
+from specdec.bundled import checkpoint
 from specdec.errors import SpecDecError
 from specdec.training.chat import ChatError, Message, check_messages, encode_chat
 from specdec.training.config import DataConfig
@@ -28,7 +28,6 @@ from specdec.training.config import DataConfig
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".json.xz", ".jsonl.xz", ".parquet")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
-_BUNDLED = "bundled"
 
 
 class DataError(SpecDecError):
@@ -136,9 +135,7 @@ def data_tokenizer(config: DataConfig, target: str) -> Any:
     """
     path = config.tokenizer or target
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(bundled_path("target") if path == _BUNDLED else path), trust_remote_code=False
-        )
+        tokenizer = AutoTokenizer.from_pretrained(str(checkpoint(path, "target")), trust_remote_code=False)
         if config.chat_template is not None:
             tokenizer.chat_template = Path(config.chat_template).expanduser().read_text(encoding="utf-8")
     except (OSError, ValueError, KeyError) as error:

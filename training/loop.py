@@ -6,23 +6,25 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from rich.console import Console
 from torch import Tensor
 
-from specdec.training.config import save_resolved
+from specdec.bundled import checkpoint
 from specdec.training.data import DataReport, Examples, data_tokenizer, load_examples
 from specdec.training.evaluate import decode, held_out_loss, nodes_of, prompts_of
-from specdec.training.models import checkpoint
+from specdec.training.hub import push
 from specdec.training.objectives import Figures, Micro
 from specdec.training.optimiser import make_optimiser, set_rates
 from specdec.training.packing import PackedRows, batches, num_batches, pack
 from specdec.training.progress import ProgressLine
-from specdec.training.saving import load_checkpoint, newest, save_checkpoint
+from specdec.training.saving import load_checkpoint, load_sharded, newest, save_checkpoint, save_sharded
+from specdec.training.settings import save_resolved
 
 # (configuration, tokenizer, device) to an Objective.
 MakeObjective = Callable[[Any, Any, torch.device], Any]
@@ -69,20 +71,22 @@ class _Window:
     device: torch.device
     sums: Tensor = field(init=False)
     loss: Tensor = field(init=False)
+    tokens: Tensor = field(init=False)
     steps: int = 0
-    tokens: int = 0
     began: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
         self.sums = torch.zeros(2, self.slots, device=self.device)
         self.loss = torch.zeros((), device=self.device)
+        self.tokens = torch.zeros((), device=self.device)
 
-    def add(self, figures: Sequence[Figures], tokens: int) -> None:
+    def add(self, figures: Sequence[Figures], micros: Sequence[Micro]) -> None:
         for one in figures:
             self.sums += torch.stack((one.per_slot, one.counts))
             self.loss += one.loss.detach()
+        for micro in micros:
+            self.tokens += (micro.rows.documents != 0).sum()
         self.steps += 1
-        self.tokens += tokens
 
 
 class Run:
@@ -94,9 +98,7 @@ class Run:
         mixed = "bf16" if optim.precision == "bf16" else "no"
         tracker = None if config.run.tracker == "none" else config.run.tracker
         self.folder = Path(config.run.output).expanduser()
-        self.accelerator = Accelerator(
-            mixed_precision=mixed, gradient_accumulation_steps=1, log_with=tracker, project_dir=str(self.folder)
-        )
+        self.accelerator = Accelerator(mixed_precision=mixed, log_with=tracker, project_dir=str(self.folder))
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
         tokenizer = data_tokenizer(config.data, checkpoint(config.run.target, "target"))
         self.examples: Examples = load_examples(config.data, tokenizer)
@@ -104,9 +106,11 @@ class Run:
         self.rows = pack(self.examples.train, config.data.max_length, pad=pad, together=config.data.pack)
         held_out = self.examples.held_out
         self.held_out = pack(held_out, config.data.max_length, pad=pad, together=config.data.pack) if held_out else None
-        self.objective = make(config, tokenizer, self.device)
+        self._make = partial(make, config, tokenizer)
+        self.objective = self._make(self.device)
         optimiser = make_optimiser(self.objective, optim)
         self.model, self.optimiser = self.accelerator.prepare(self.objective, optimiser)
+        self.sharded = self.accelerator.distributed_type is DistributedType.FSDP
         if tracker is not None:
             self.accelerator.init_trackers("specdec")
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
@@ -124,7 +128,10 @@ class Run:
             if self.main and not self.config.run.resume:
                 (self.folder / "log.jsonl").unlink(missing_ok=True)
             return 0
-        state = load_checkpoint(place, self.objective, self.optimiser.optimizer)
+        if self.sharded:
+            state = load_sharded(place, self.accelerator)
+        else:
+            state = load_checkpoint(place, self.objective, self.optimiser.optimizer)
         self.console.print(f"going on from step {state['step']}")
         return int(state["step"])
 
@@ -144,7 +151,7 @@ class Run:
                 if every.save_every and self.step % every.save_every == 0:
                     self.save()
 
-    def _step(self, step: int) -> tuple[list[Figures], int]:
+    def _step(self, step: int) -> tuple[list[Figures], list[Micro]]:
         """One optimiser step over `accumulate` batches in every process."""
         optim = self.config.optim
         micros = self._micros(step)
@@ -159,7 +166,7 @@ class Run:
             self.accelerator.clip_grad_norm_(self.model.parameters(), optim.grad_clip)
         self.optimiser.step()
         self.optimiser.zero_grad()
-        return figures, sum(int((m.rows.documents != 0).sum()) for m in micros)
+        return figures, micros
 
     def _backward(self, micro: Micro, weight: Tensor) -> Figures:
         figures: Figures = self.model(micro, weight)
@@ -186,7 +193,7 @@ class Run:
         sums = self.accelerator.reduce(window.sums, "sum")
         self.loss = float(self.accelerator.reduce(window.loss, "sum")) / window.steps
         means = (sums[0] / sums[1].clamp(min=1)).tolist()
-        rate = window.tokens * self.world / (time.perf_counter() - window.began)
+        rate = float(window.tokens) * self.world / (time.perf_counter() - window.began)
         figures = {"loss": self.loss, "tokens_per_s": rate, "rate": self.optimiser.param_groups[0]["lr"]}
         figures |= dict(zip(self.objective.slots, means, strict=True))
         self._write("train", figures)
@@ -201,43 +208,59 @@ class Run:
 
     def evaluate(self) -> None:
         """Held-out loss, and tokens a round of the real decoder on held-out prompts; by the main process."""
-        if not self.main or self.held_out is None:
+        objective = self._whole()
+        if objective is None or self.held_out is None:
             return
         optim = self.config.optim
-        loss, means = held_out_loss(self.objective, self.held_out, optim.batch_rows, optim.seed, self.device)
-        figures = {"loss": loss, **dict(zip(self.objective.slots, means, strict=True))}
+        loss, means = held_out_loss(objective, self.held_out, optim.batch_rows, optim.seed, self.device)
+        figures = {"loss": loss, **dict(zip(objective.slots, means, strict=True))}
         prompts = prompts_of(self.examples.held_out, _DECODED_PROMPTS)
         if prompts:
-            nodes = nodes_of(self.objective)
-            found = decode(self.objective.target(), self.objective.drafter(), prompts, new_tokens=_DECODED_TOKENS, nodes=nodes)
+            nodes = nodes_of(objective)
+            found = decode(objective.target(), objective.drafter(), prompts, new_tokens=_DECODED_TOKENS, nodes=nodes)
             figures |= {"acceptance_length": found.acceptance_length, "acceptance_rate": found.acceptance_rate}
         self._write("held_out", figures)
         self.last_held_out = figures
         shown = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
         self.console.print(f"step {self.step}, held out: {shown}")
 
+    def _whole(self) -> Any:
+        """The objective with all of its weights, in the main process; None in the others. All processes call it."""
+        if not self.sharded:
+            return self.objective if self.main else None
+        weights = self.accelerator.get_state_dict(self.model)
+        if not self.main:
+            return None
+        whole = self._make(self.device)
+        whole.load_state_dict(weights)
+        return whole
+
     def save(self) -> None:
-        """A checkpoint of this step, by the main process."""
-        if self.main:
-            place = self.folder
-            save_checkpoint(place, self.objective, self.optimiser.optimizer, self.step, self.config.run.keep, {"loss": self.loss})
+        """A checkpoint of this step."""
+        keep, state = self.config.run.keep, {"loss": self.loss}
+        if self.sharded:
+            save_sharded(self.folder, self.accelerator, self.step, keep, state)
+        elif self.main:
+            save_checkpoint(self.folder, self.objective, self.optimiser.optimizer, self.step, keep, state)
         self.accelerator.wait_for_everyone()
 
     def finish(self) -> TrainReport:
         """The last evaluation, and the result."""
         self.evaluate()
-        final = self.folder / "final"
-        if self.main:
+        final, objective = self.folder / "final", self._whole()
+        if objective is not None:
             held_out = self.held_out.take(slice(0, 64)).to(self.device) if self.held_out is not None else None
-            self.save_final(final, held_out)
+            self.save_final(objective, final, held_out)
             data = self.examples.report
             read = f"read {data.rows:,} rows, {data.tokens:,} tokens: {data.truncated} cut, {data.dropped} left out for length"
             self.console.print(f"{read}\n{self.step} steps, loss {self.loss:.3f}; the drafter is in {final}", highlight=False)
         self.accelerator.wait_for_everyone()
         return TrainReport(self.step, self.loss, self.last_held_out, final, self.examples.report)
 
-    def save_final(self, final: Path, held_out: PackedRows | None) -> None:
-        """What users load, and the settings it was made with."""
+    def save_final(self, objective: Any, final: Path, held_out: PackedRows | None) -> None:
+        """What users load, and the settings it was made with; uploaded where the settings ask for it."""
         final.mkdir(parents=True, exist_ok=True)
-        self.objective.save(final, held_out)
+        objective.save(final, held_out)
         (final / "training.json").write_bytes((self.folder / "training.json").read_bytes())
+        if self.config.run.push_to_hub is not None:
+            self.console.print(f"uploaded: {push(final, self.config.run.push_to_hub)}", highlight=False)

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from specdec import SpeculativeGenerator, bundled_path
-from specdec.errors import SpecDecError
-from specdec.training.config import ConfigError, DraftConfig
+from specdec import SpeculativeGenerator
+from specdec.bundled import checkpoint
+from specdec.errors import SpecDecError, VocabularyMismatchError
+from specdec.training.config import DraftConfig
 from specdec.training.packing import PackedRows, additive, document_mask
-
-
-def checkpoint(name: str, bundled: str) -> str:
-    """A checkpoint's folder or hub name; "bundled" is the model of that role which ships with specdec."""
-    return str(bundled_path(bundled)) if name == "bundled" else name  # type: ignore[arg-type]  # checked there
+from specdec.training.settings import ConfigError
 
 
 def load_lm(path: str, *, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
@@ -74,6 +70,13 @@ class Body:
         """[M, L, H] of packed documents, none of which sees another."""
         window = getattr(self.model.config.get_text_config(), "sliding_window", None)
         return self.hidden(rows.ids, rows.positions, document_mask(rows.documents, rows.positions, window))
+
+
+def check_vocabularies(draft: Body, target: Body) -> None:
+    """Raises VocabularyMismatchError unless both have the same tokens."""
+    ours, theirs = draft.vocabulary, target.vocabulary
+    if ours != theirs:
+        raise VocabularyMismatchError(f"the draft has {ours} tokens, the target {theirs}; begin with a draft of the same family")
 
 
 def next_tokens(rows: PackedRows) -> tuple[Tensor, Tensor]:
@@ -144,8 +147,3 @@ def vocabulary_ids(model: nn.Module) -> int:
     """Rows of the input embedding."""
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]  # transformers' method
     return int(embedding.weight.shape[0])
-
-
-def folder_of(path: str | Path) -> Path:
-    """The path with ~ expanded."""
-    return Path(path).expanduser()

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from specdec.bundled import checkpoint
 from specdec.drafters.base import Drafter
 from specdec.drafters.draft_model import DraftModelDrafter
-from specdec.errors import VocabularyMismatchError
 from specdec.training.config import DraftTraining
 from specdec.training.divergences import Divergence
-from specdec.training.losses import chunked_loss
-from specdec.training.models import Body, checkpoint, load_lm, make_draft, next_tokens
+from specdec.training.losses import taught_loss
+from specdec.training.models import Body, check_vocabularies, load_lm, make_draft, next_tokens
 from specdec.training.objectives import Figures, Micro, sums_by_slot
 from specdec.training.packing import PackedRows
 
@@ -31,12 +31,8 @@ class DraftObjective(nn.Module):
             torch.manual_seed(config.optim.seed)
             self.model = make_draft(settings, target, device)
         self.model.requires_grad_(True).train()
-        ours, theirs = Body(self.model).vocabulary, Body(target).vocabulary
-        if ours != theirs:
-            raise VocabularyMismatchError(
-                f"the draft has {ours} tokens, the target {theirs}; begin with a draft of the same family"
-            )
         self._target = (Body(target),)
+        check_vocabularies(Body(self.model), self._target[0])
         self._divergence = Divergence(settings.loss, settings.temperature or 1.0, settings.jsd_beta)
         self.slots = ["acceptance"]
 
@@ -55,15 +51,14 @@ class DraftObjective(nn.Module):
         places, labels = micro.layout
         body, target = Body(self.model), self._target[0]
         own = body.of_rows(micro.rows).flatten(0, 1).index_select(0, places)
-        if self._divergence.kind == "ce":
-            found = chunked_loss(own, body.head_weight, labels=labels, denominator=denominator)
-        else:
-            with torch.no_grad():
-                teacher = target.of_rows(micro.rows).flatten(0, 1).index_select(0, places)
-            found = chunked_loss(
-                own, body.head_weight, teacher_hidden=teacher, teacher_head_weight=target.head_weight,
-                divergence=self._divergence, denominator=denominator,
-            )  # fmt: skip
+        found = taught_loss(
+            own,
+            body.head_weight,
+            self._divergence,
+            labels=labels,
+            teacher=lambda: (target.of_rows(micro.rows).flatten(0, 1).index_select(0, places), target.head_weight),
+            denominator=denominator,
+        )
         values = found.matched if self._divergence.kind == "ce" else found.acceptance
         return Figures(found.loss, *sums_by_slot(values, torch.zeros_like(labels), 1))
 

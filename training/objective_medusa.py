@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from specdec.bundled import checkpoint
 from specdec.drafters.base import Drafter
 from specdec.drafters.checkpoints import save_medusa
 from specdec.drafters.medusa import MedusaDrafter
 from specdec.drafters.medusa_heads import MedusaHeads
 from specdec.training.config import MedusaTraining
 from specdec.training.divergences import Divergence
-from specdec.training.losses import chunked_loss
+from specdec.training.losses import chunked_loss, taught_loss
 from specdec.training.medusa_layout import MedusaRows, medusa_rows
-from specdec.training.models import Body, checkpoint, load_lm, next_tokens
+from specdec.training.models import Body, load_lm, next_tokens
 from specdec.training.objectives import Figures, Micro, sums_by_slot
 from specdec.training.packing import PackedRows
 
@@ -45,6 +47,7 @@ class MedusaObjective(nn.Module):
         self.heads, self.adapted = heads.to(device), adapted
         # A tuple hides the frozen target from torch: it is neither trained nor sent between processes.
         self._body = (body,)
+        self._divergence = Divergence(settings.loss, settings.temperature)
         self.slots = [f"head {k + 1}" for k in range(settings.num_heads)]
 
     def prepare(self, rows: PackedRows, generator: torch.Generator) -> Micro:
@@ -58,27 +61,24 @@ class MedusaObjective(nn.Module):
         """See `Objective.forward`."""
         hidden, extra = self._target_hidden(micro, denominator)
         layout: MedusaRows = micro.layout
-        flat, settings = hidden.flatten(0, 1), self._config.medusa
+        flat, settings, head = hidden.flatten(0, 1), self._config.medusa, self._body[0].head_weight
         loss = extra
         matched = []
         for k in range(settings.num_heads):
             pairs = layout.of_head(k)
-            weight = self._body[0].head_weight if settings.shared_head else self.heads.heads[k].weight
-            found = chunked_loss(
-                self._through(k, flat.index_select(0, layout.rows[pairs])),
-                weight,  # type: ignore[arg-type]  # a Linear's parameter
+            places = layout.rows[pairs]
+            found = taught_loss(
+                self.heads.through(k, flat.index_select(0, places)),
+                self.heads.output_weight(k, head),
+                self._divergence,
                 labels=layout.labels[pairs],
+                # The token k + 2 places on is what the target says one place before it.
+                teacher=partial(_said, flat, places + (k + 1), head),
                 denominator=denominator,
             )
             loss = loss + settings.head_weight * settings.decay ** (k + 1) * found.loss
             matched.append(found.matched)
         return Figures(loss, *sums_by_slot(torch.cat(matched), layout.heads, settings.num_heads))
-
-    def _through(self, k: int, z: Tensor) -> Tensor:
-        """[C, H], what head k feeds to its output matrix."""
-        for layer in self.heads.blocks[k]:  # type: ignore[attr-defined]  # a ModuleList
-            z = z + nn.functional.silu(layer(z))
-        return z
 
     def _target_hidden(self, micro: Micro, denominator: Tensor) -> tuple[Tensor, Tensor]:
         """The hidden states that heads read, and the target's own loss, 0 where it does not learn."""
@@ -128,9 +128,9 @@ class MedusaObjective(nn.Module):
         flat, found = self._body[0].of_rows(rows).flatten(0, 1), []
         for k in range(self.heads.num_heads):
             pairs, right = layout.of_head(k), torch.zeros(most, device=flat.device)
-            weight = self._body[0].head_weight if self.heads.shared_head else self.heads.heads[k].weight
+            weight = self.heads.output_weight(k, self._body[0].head_weight)
             for places, labels in zip(layout.rows[pairs].split(512), layout.labels[pairs].split(512), strict=True):
-                logits = self._through(k, flat[places]) @ weight.T  # type: ignore[operator]  # a Linear's parameter
+                logits = self.heads.through(k, flat[places]) @ weight.T
                 right += (logits.topk(most).indices == labels[:, None]).sum(0)
             found.append((right / max(pairs.stop - pairs.start, 1)).tolist())
         return found
@@ -149,6 +149,11 @@ class MedusaObjective(nn.Module):
             merged = self.adapted.merge_and_unload()  # type: ignore[operator]  # peft's method
             merged.to(torch.bfloat16).save_pretrained(folder / "target")
             self._tokenizer.save_pretrained(folder / "target")
+
+
+def _said(hidden: Tensor, places: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
+    """What the target says at these places of its hidden states [M * L, H], and its output matrix."""
+    return hidden.detach().index_select(0, places), head.detach()
 
 
 def _adapted(target: Any, config: MedusaTraining) -> nn.Module:

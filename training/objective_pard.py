@@ -9,19 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from specdec.bundled import checkpoint
 from specdec.drafters.base import Drafter
 from specdec.drafters.checkpoints import save_pard
 from specdec.drafters.pard import PardDrafter
-from specdec.training.config import ConfigError, PardTraining
-from specdec.training.losses import chunked_loss
-from specdec.training.models import Body, checkpoint, load_lm, vocabulary_ids
+from specdec.training.config import PardTraining
+from specdec.training.divergences import Divergence
+from specdec.training.losses import taught_loss
+from specdec.training.models import Body, check_vocabularies, load_lm, vocabulary_ids
 from specdec.training.objectives import Figures, Micro, sums_by_slot
 from specdec.training.packing import PackedRows
 from specdec.training.pard_layout import PardLayout, PardRows, bool_mask, pard_rows
+from specdec.training.settings import ConfigError
 
 
 class PardObjective(nn.Module):
-    """All weights of the draft are trained, with cross-entropy on the text; slot i is the draft's i-th token."""
+    """All weights of the draft are trained, on the text or drawn to the target's law behind it; slot i is the i-th token.
+
+    Nothing of the target but its law of the next token is used: a row learns that law as it is several tokens on, whatever
+    stands between, and so its mean over what may stand there.
+    """
 
     def __init__(self, config: PardTraining, tokenizer: Any, device: torch.device) -> None:
         """The draft is loaded here."""
@@ -36,6 +43,9 @@ class PardObjective(nn.Module):
         retain = settings.retain if settings.conditional_drop else 1.0
         self._layout = PardLayout(settings.num_tokens, self._mask, retain, settings.retain_min)
         self._mask_only = settings.train_mask_only
+        self._divergence = Divergence(settings.loss, settings.temperature)
+        if settings.loss != "ce":
+            check_vocabularies(Body(self.model), Body(self.target()))
         self.slots = [f"token {i + 1}" for i in range(settings.num_tokens)]
 
     def prepare(self, rows: PackedRows, generator: torch.Generator) -> Micro:
@@ -50,16 +60,24 @@ class PardObjective(nn.Module):
         rows: PardRows = micro.layout
         body = Body(self.model)
         hidden = body.hidden(rows.ids, rows.positions, bool_mask(rows))
-        found = chunked_loss(
+        found = taught_loss(
             hidden.flatten(0, 1),
             body.head_weight,
+            self._divergence,
             labels=rows.labels.flatten(),
+            teacher=lambda: self._teacher(micro),
             weights=rows.weights.flatten(),
             denominator=denominator,
         )
         here = found.counted.nonzero()[:, 0]
         depths = rows.depths.flatten()[here]
         return Figures(found.loss, *sums_by_slot(found.matched[here], depths, len(self.slots)))
+
+    def _teacher(self, micro: Micro) -> tuple[Tensor, Tensor]:
+        """The target's hidden state in front of each row's label, [M * P, Ht], and its output matrix."""
+        body, places = Body(self.target()), micro.layout.places
+        hidden = body.of_rows(micro.rows)
+        return hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1])).flatten(0, 1), body.head_weight
 
     def groups(self) -> list[tuple[list[tuple[str, nn.Parameter]], float]]:
         """See `Objective.groups`."""
@@ -74,9 +92,9 @@ class PardObjective(nn.Module):
         return PardDrafter(self.model, self._mask)
 
     def target(self) -> Any:
-        """See `Objective.target`; loaded when it is first asked for, since training does without."""
+        """See `Objective.target`; loaded when it is first asked for, since training on the text does without."""
         if self._target is None:
-            self._target = (load_lm(self._path, device=Body(self.model).head_weight.device),)
+            self._target = (load_lm(self._path, device=Body(self.model).head_weight.device).requires_grad_(False),)
         return self._target[0]
 
     def save(self, folder: Path, held_out: PackedRows | None) -> None:

@@ -24,9 +24,11 @@ IGNORED = -100
 class PardRows:
     """P rows for each of M packed rows of text: depth 0 first, then depth 1 and so on, positions ascending within each.
 
-    ids, positions, anchors, depths, documents, labels: [M, P] int64.  weights: [M, P] fp32.  anchors and positions count from the
-    start of the document; positions = anchors + depths.  labels: -100, and weight 0, where there is none. Rows behind the
-    last are padding: document 0, position 0, weight 0; they see each other and nothing else, so that no row of a mask is empty.
+    ids, positions, anchors, depths, documents, labels, places: [M, P] int64.  weights: [M, P] fp32.  anchors and positions
+    count from the start of the document; positions = anchors + depths.  labels: -100, and weight 0, where there is none.
+    places: where in the packed row the token in front of the label stands; what the target says there is what the row is to
+    say. Rows behind the last are padding: document 0, position 0, weight 0; they see each other and nothing else, so that no
+    row of a mask is empty.
     """
 
     ids: Tensor
@@ -35,6 +37,7 @@ class PardRows:
     depths: Tensor
     documents: Tensor
     labels: Tensor
+    places: Tensor
     weights: Tensor
 
     def to(self, device: torch.device) -> PardRows:
@@ -103,10 +106,11 @@ def pard_rows(
         depths.expand_as(kept),
         documents[:, None, :].long().expand_as(kept),
         torch.where(counts, _at(ids, ahead), IGNORED),
+        ahead - 1,
         torch.where(counts, layout.decay ** depths.double(), 0.0).float(),
     )
     order, live = _order(kept.flatten(1), layout.multiple)
-    empty = (layout.mask_id, 0, 0, 0, 0, IGNORED, 0)
+    empty = (layout.mask_id, 0, 0, 0, 0, IGNORED, 0, 0)
     picked = (column.flatten(1).gather(1, order) for column in columns)
     return PardRows(*(torch.where(live, column, value) for column, value in zip(picked, empty, strict=True)))
 

@@ -17,11 +17,12 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from specdec.bundled import bundled_path
+from specdec.bundled import checkpoint
 from specdec.generator import SpeculativeGenerator
 from specdec.training.chat import ChatError, Message, prompt_ids
-from specdec.training.config import RegenerateConfig, resolved
+from specdec.training.config import RegenerateConfig
 from specdec.training.data import DataError, Row, content_of, data_tokenizer, read_rows
+from specdec.training.settings import resolved
 
 # Where a run may differ from the one that it goes on with.
 _FREE = ("out", "limit", "device")
@@ -95,9 +96,8 @@ def regenerate(
 
 def _generator(config: RegenerateConfig) -> SpeculativeGenerator:
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    target = bundled_path("target") if config.target == "bundled" else config.target
-    drafter = bundled_path("draft") if config.drafter == "bundled" else config.drafter
-    return SpeculativeGenerator.from_pretrained(target, drafter, device=device)
+    drafter = None if config.drafter is None else checkpoint(config.drafter, "draft")
+    return SpeculativeGenerator.from_pretrained(checkpoint(config.target, "target"), drafter, device=device)
 
 
 def _longest_prompt(config: RegenerateConfig, generator: SpeculativeGenerator) -> int:

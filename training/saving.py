@@ -1,4 +1,7 @@
-"""Checkpoints to go on from: weights, moments and a step number. Randomness is a function of the step, so there is nothing else."""
+"""Checkpoints to go on from: weights, moments and a step number. Randomness is a function of the step, so there is nothing else.
+
+Where every process holds a part of the model (FSDP), accelerate writes and reads the parts.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +35,31 @@ def save_checkpoint(folder: Path, objective: Objective, optimiser: Any, step: in
     named = _trained(objective)
     save_file({name: _plain(p) for name, p in named.items()}, new / "weights.safetensors")
     save_file(_moments(named, optimiser), new / "optimiser.safetensors")
-    (new / "state.json").write_text(json.dumps({"step": step, **state}) + "\n", encoding="utf-8")
+    _publish(new, place, keep, {"step": step, **state})
+    return place
+
+
+def save_sharded(folder: Path, accelerator: Any, step: int, keep: int, state: dict[str, Any]) -> None:
+    """The same for a model of which every process holds a part, in accelerate's own layout; all processes call it."""
+    place = folder / "checkpoints" / f"step-{step:08d}"
+    new = place.with_name(f".{place.name}.new")
+    if accelerator.is_main_process and new.exists():
+        shutil.rmtree(new)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(new))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        _publish(new, place, keep, {"step": step, **state})
+
+
+def _publish(new: Path, place: Path, keep: int, state: dict[str, Any]) -> None:
+    """Give a written checkpoint its name, and remove older ones."""
+    (new / "state.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
     if place.exists():
         shutil.rmtree(place)
     os.replace(new, place)
     for old in sorted(path for path in place.parent.glob("step-*") if path.is_dir())[:-keep]:
         shutil.rmtree(old)
-    return place
 
 
 def load_checkpoint(place: Path, objective: Objective, optimiser: Any) -> dict[str, Any]:
@@ -59,6 +80,17 @@ def load_checkpoint(place: Path, objective: Objective, optimiser: Any) -> dict[s
                 optimiser.state[parameter] = {
                     part: value if part == "step" else value.to(parameter.device) for part, value in own.items()
                 }
+    return read_state(place)
+
+
+def load_sharded(place: Path, accelerator: Any) -> dict[str, Any]:
+    """Put back what `save_sharded` wrote, with as many processes as then; all of them call it."""
+    accelerator.load_state(str(place))
+    return read_state(place)
+
+
+def read_state(place: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself, its step among it."""
     state: dict[str, Any] = json.loads((place / "state.json").read_text(encoding="utf-8"))
     return state
 

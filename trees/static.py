@@ -52,12 +52,12 @@ def static_tree(choices: Iterable[Sequence[int]]) -> StaticTree:
     known = set(given)
     for choice in given:
         if not choice or any(not isinstance(rank, int) or rank < 0 for rank in choice):
-            raise SpecDecError(f"tree choice {list(choice)}: give one or more ranks, each 0 or more")
+            raise SpecDecError(f"tree choices: {list(choice)} is not one or more ranks, each 0 or more")
         if len(choice) > 1 and choice[:-1] not in known:
-            raise SpecDecError(f"tree choice {list(choice)} has no parent: add {list(choice[:-1])}")
+            raise SpecDecError(f"tree choices: {list(choice)} has no parent; add {list(choice[:-1])}")
     if len(known) != len(given):
         twice = next(choice for choice in given if given.count(choice) > 1)
-        raise SpecDecError(f"tree choice {list(twice)} is given twice; give it once")
+        raise SpecDecError(f"tree choices: {list(twice)} is given twice; give it once")
     place: dict[Choice, int] = {}
     for choice in given:
         for size in range(1, len(choice) + 1):

@@ -11,6 +11,7 @@ from specdec.verify.coupled import Coupled
 from specdec.verify.greedy import Greedy
 from specdec.verify.rejection import TokenRejection
 from specdec.verify.sample_and_match import SampleAndMatch
+from specdec.verify.typical import TypicalLossy
 
 
 class Rule(Protocol):
@@ -44,6 +45,7 @@ _SAMPLING: dict[str, Rule] = {
     "rejection": TokenRejection(),
     "sample-and-match": SampleAndMatch(),
     "coupled": Coupled(),
+    "typical-lossy": TypicalLossy(),
 }
 NAMES = ("auto", "greedy", *_SAMPLING)
 _PREFERENCE = (Law.INDEPENDENT, Law.COUPLED, Law.DETERMINISTIC, Law.WITHOUT_REPLACEMENT)
@@ -87,8 +89,7 @@ def _law_for(rule: Rule, laws: frozenset[Law]) -> Law:
     wanted = {
         "rejection": (Law.INDEPENDENT, Law.DETERMINISTIC),
         "coupled": (Law.COUPLED, Law.DETERMINISTIC),
-        "sample-and-match": (Law.DETERMINISTIC, Law.INDEPENDENT, Law.COUPLED, Law.WITHOUT_REPLACEMENT),
-    }[rule.name]
+    }.get(rule.name, (Law.DETERMINISTIC, Law.INDEPENDENT, Law.COUPLED, Law.WITHOUT_REPLACEMENT))
     for law in wanted:
         if law in laws:
             return law

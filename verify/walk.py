@@ -18,7 +18,26 @@ def accept_matches(tree: TokenTree, chosen: Tensor) -> Verdict:
     """
     if tree.tokens.shape[1] == 1:
         return Verdict(torch.zeros_like(chosen[:, 0]), chosen[:, 0])
-    return _on_chain(tree, chosen) if tree.is_chain else _on_tree(tree, chosen)
+    before = chosen[:, :-1] if tree.is_chain else chosen.gather(1, tree.parents[:, 1:])
+    return _accept(tree, tree.tokens[:, 1:] == before, chosen)
+
+
+def accept_nodes(tree: TokenTree, kept: Tensor, chosen: Tensor) -> Verdict:
+    """Accept the longest path of which every node is kept; of equally long ones that with the first last node.
+
+    kept: [B, N] bool, of node 0 nothing is asked.  chosen: [B, N] int64, the token that comes behind each node if it is the last.
+    """
+    if tree.tokens.shape[1] == 1:
+        return Verdict(torch.zeros_like(chosen[:, 0]), chosen[:, 0])
+    return _accept(tree, kept[:, 1:], chosen)
+
+
+def _accept(tree: TokenTree, match: Tensor, chosen: Tensor) -> Verdict:
+    """match: [B, N - 1] bool, of the drafted nodes; padding counts as none."""
+    live = _live(tree)
+    if live is not None:
+        match = match & live
+    return _on_chain(match, chosen) if tree.is_chain else _on_tree(tree, match, chosen)
 
 
 def verdict_rows(verdict: Verdict, tokens: Tensor) -> Tensor:
@@ -41,24 +60,15 @@ def _live(tree: TokenTree) -> Tensor | None:
     return torch.arange(1, nodes, device=tree.tokens.device) < sizes
 
 
-def _on_chain(tree: TokenTree, chosen: Tensor) -> Verdict:
-    match = tree.tokens[:, 1:] == chosen[:, :-1]
-    live = _live(tree)
-    if live is not None:
-        match &= live
+def _on_chain(match: Tensor, chosen: Tensor) -> Verdict:
     count = match.cumprod(1).sum(1, keepdim=True)
     return Verdict(count[:, 0], chosen.gather(1, count)[:, 0])
 
 
-def _on_tree(tree: TokenTree, chosen: Tensor) -> Verdict:
-    batch, nodes = tree.tokens.shape
-    match = torch.ones(batch, nodes, dtype=torch.bool, device=chosen.device)
-    match[:, 1:] = tree.tokens[:, 1:] == chosen.gather(1, tree.parents[:, 1:])
-    live = _live(tree)
-    if live is not None:
-        match[:, 1:] &= live
+def _on_tree(tree: TokenTree, match: Tensor, chosen: Tensor) -> Verdict:
+    nodes = tree.tokens.shape[1]
     above = ancestors(tree.parents)
-    kept = ~(above & ~match[:, None]).any(2)
+    kept = ~(above[..., 1:] & ~match[:, None]).any(2)
     depth = above.sum(2) - 1
     count, last = torch.where(kept, depth, -1).max(1)
     on_path = above.gather(1, last[:, None, None].expand(-1, 1, nodes))[:, 0]
