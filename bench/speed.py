@@ -55,21 +55,23 @@ def load_prompts(
 ) -> tuple[list[Prompt], int]:
     """Prompts of a JSONL file and how many were left out for being longer than `longest` tokens; none is cut.
 
-    A line holds "text" (and "chat") or "messages", and "group" or "src".
+    A line holds "messages", or "text" or "prompt" (and "chat"), and "group" or "src"; else the file's name is the group.
     """
     text = path.read_text() if path else files("specdec.bench").joinpath("prompts.jsonl").read_text()
     prompts, skipped = [], 0
     for line in map(json.loads, filter(None, text.split("\n"))):
-        messages = line.get("messages") or [{"role": "user", "content": line["text"]}]
+        text_of = line.get("text") or line.get("prompt")
+        messages = line.get("messages") or [{"role": "user", "content": text_of}]
         if "messages" in line or line.get("chat"):
             asked = messages[: max(1, len(messages) - (messages[-1]["role"] == "assistant"))]
             ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
         else:
-            ids = tokenizer(line["text"])["input_ids"]
+            ids = tokenizer(text_of)["input_ids"]
         if len(ids) > longest:
             skipped += 1
             continue
-        prompts.append(Prompt(line.get("group") or line["src"].split("/")[0], tuple(ids)))
+        name = line.get("group") or (line["src"].split("/")[0] if "src" in line or path is None else path.stem)
+        prompts.append(Prompt(name, tuple(ids)))
     return _spread([p for p in prompts if group in (None, p.group)], limit), skipped
 
 
@@ -112,8 +114,8 @@ def methods(target: Any, draft: Any, new: int, plans: list[int]) -> dict[str, Me
     for count in plans:
         planner = FixedPlanner(nodes=count, depth=count)
         chosen[f"draft model {count}"] = _ours(SpeculativeGenerator(target, DraftModelDrafter(draft), planner=planner), new)
-    for name, role, counts in (("Medusa", "medusa", (2, 3)), ("PARD", "pard", (2, 3, 4))):
-        for count in counts:
+    for name, role in (("Medusa", "medusa"), ("PARD", "pard")):
+        for count in plans:
             planner = FixedPlanner(nodes=count, depth=count)
             chosen[f"{name} {count}"] = _ours(SpeculativeGenerator(target, bundled_path(role), planner=planner), new)  # type: ignore[arg-type]
     for name in ("prompt-lookup", "suffix"):
@@ -221,8 +223,8 @@ def _show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
 
 
 def main(
-    prompts: Annotated[Path | None, typer.Option(help="JSONL of prompts; the built-in ones by default")] = None,
-    limit: Annotated[int | None, typer.Option(help="most prompts, evenly from the file")] = None,
+    prompts: Annotated[list[Path] | None, typer.Option(help="JSONL of prompts, once or several times; default: built-in")] = None,
+    limit: Annotated[int | None, typer.Option(help="most prompts of a file, evenly from it")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="tokens to make for each prompt")] = 128,
     group: Annotated[str | None, typer.Option(help="only prompts of this group")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="runs of each method on each prompt; the median counts")] = 3,
@@ -238,7 +240,9 @@ def main(
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = 0
     tokenizer = AutoTokenizer.from_pretrained(bundled_path("target"))
-    chosen_prompts, skipped = load_prompts(prompts, tokenizer, limit, longest, group)
+    paths: list[Path | None] = list(prompts or []) or [None]
+    found = [load_prompts(path, tokenizer, limit, longest, group) for path in paths]
+    chosen_prompts, skipped = [prompt for own, _ in found for prompt in own], sum(count for _, count in found)
     store = output.with_suffix(".samples.jsonl") if output else None
     chosen = methods(target, draft, max_new_tokens, [int(p) for p in plans.split(",")])
     samples = medians(_measure(chosen_prompts, chosen, repeats, store, console))

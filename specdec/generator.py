@@ -26,6 +26,7 @@ from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.drafters.registry import FACTORIES, load_drafter, make_drafter
 from specdec.engine import Call, Engine, Result
 from specdec.errors import InvalidRequestError, SpecDecError, UnsupportedModelError
+from specdec.goodput import GoodputPlanner
 from specdec.loading import load_model, load_tokenizer
 from specdec.metrics import SpeculationStats
 from specdec.noise import Noise
@@ -69,14 +70,14 @@ class SpeculativeGenerator:
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         verifier: str = "auto",
-        planner: Planner | int | None = None,
+        planner: Planner | int | str | None = None,
         seed: int | None = None,
         options: RunnerOptions | None = None,
     ) -> None:
         """drafter: a model, a checkpoint's path (draft model, Medusa heads, PARD), "prompt-lookup", "suffix", "retrieval",
         "recycling", a Drafter, or None for plain decoding.
 
-        tokenizer: used for stop strings.  verifier: a rule's name.  planner: a Planner, or how many tokens to draft
+        tokenizer: used for stop strings.  verifier: a rule's name.  planner: a Planner, "goodput", or how many tokens to draft
         each round.  seed: makes sampling repeat; without one torch's global generator governs.  options: how the target's
         forwards are run, each fast way can be forced off there.
         Raises a SpecDecError when target, drafter and rule do not fit together.
@@ -99,7 +100,7 @@ class SpeculativeGenerator:
         device: torch.device | str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         verifier: str = "auto",
-        planner: Planner | int | None = None,
+        planner: Planner | int | str | None = None,
         seed: int | None = None,
         options: RunnerOptions | None = None,
         **kwargs: Any,
@@ -245,14 +246,16 @@ def as_drafter(drafter: Drafter | nn.Module | str | Path | None, target: nn.Modu
     raise SpecDecError(f"drafter is a {type(drafter).__name__}; give a model, a path, one of {tuple(FACTORIES)}, a Drafter or None")
 
 
-def _as_planner(planner: Planner | int | None) -> Planner:
+def _as_planner(planner: Planner | int | str | None) -> Planner:
     if planner is None:
         return FixedPlanner()
+    if planner == "goodput":
+        return GoodputPlanner()
     if isinstance(planner, int) and not isinstance(planner, bool):
         return FixedPlanner(nodes=planner, depth=max(planner, 1))
     if isinstance(planner, Planner):
         return planner
-    raise SpecDecError(f"planner is a {type(planner).__name__}; give a Planner, a number of tokens to draft, or None")
+    raise SpecDecError(f"planner is a {type(planner).__name__}; give a Planner, a number of tokens to draft, 'goodput', or None")
 
 
 def _checked_seed(seed: int | None) -> int | None:

@@ -31,7 +31,7 @@ ORDER = (
         "specdec.runner",
     ),
     ("specdec.drafters.*",),
-    ("specdec.planner", "specdec.metrics"),
+    ("specdec.allocation", "specdec.acceptance", "specdec.costs", "specdec.planner", "specdec.goodput", "specdec.metrics"),
     (
         "specdec.processing",
         "specdec.processing_table",

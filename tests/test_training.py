@@ -32,7 +32,7 @@ from specdec.training.objective_pard import PardObjective
 from specdec.training.optimiser import rate_at
 from specdec.training.packing import PackedRows
 from specdec.training.pard_layout import bool_mask
-from specdec.training.settings import load_config
+from specdec.training.settings import ConfigError, load_config
 
 pytestmark = pytest.mark.slow
 
@@ -119,7 +119,7 @@ def test_a_sharded_run_goes_on_from_accelerates_own_checkpoints(
 ) -> None:
     whole = _train("draft", data, tmp_path / "whole")
     # accelerate shards on GPUs only: here every run counts as sharded, and the one process holds all parts.
-    monkeypatch.setattr(loop, "DistributedType", SimpleNamespace(FSDP=DistributedType.NO))
+    monkeypatch.setattr(loop, "DistributedType", SimpleNamespace(FSDP=DistributedType.NO, DEEPSPEED=None))
     config = _config("draft", data, tmp_path / "parts")
     with pytest.raises(KeyboardInterrupt):
         train(config, _Stop(DraftObjective, after=3), ["test"], QUIET)
@@ -128,6 +128,19 @@ def test_a_sharded_run_goes_on_from_accelerates_own_checkpoints(
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert _losses(tmp_path / "parts") == _losses(tmp_path / "whole")
     assert not list((tmp_path / "parts" / "checkpoints").glob("*/weights.safetensors"))
+
+
+@pytest.mark.parametrize("kind", ["pard", "draft"])
+def test_activations_made_anew_change_nothing(kind: str, data: Path, tmp_path: Path) -> None:
+    _train(kind, data, tmp_path / "kept", "--optim.max_steps=2", "--data.held_out=0")
+    _train(kind, data, tmp_path / "anew", "--optim.max_steps=2", "--data.held_out=0", "--optim.checkpoint_activations")
+    torch.testing.assert_close(_losses(tmp_path / "anew"), _losses(tmp_path / "kept"), rtol=1e-6, atol=0)
+
+
+def test_deepspeed_is_refused_by_name(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "DistributedType", SimpleNamespace(DEEPSPEED=DistributedType.NO))
+    with pytest.raises(ConfigError, match=r"DeepSpeed, whose engine .* choose FSDP"):
+        train(_config("draft", data, tmp_path / "run"), DraftObjective, ["test"], QUIET)
 
 
 class _Stop:
@@ -179,6 +192,20 @@ def test_joint_heads_wait_for_no_one_but_adapters_for_heads(data: Path, tmp_path
     target = load_lm(str(report.folder / "target"), device=torch.device("cpu"))
     generator = SpeculativeGenerator(target, report.folder)
     assert generator.generate(torch.tensor([[2, 300, 3]]), max_new_tokens=6, do_sample=False).shape[1] > 3
+
+
+def test_deeper_heads_begin_as_the_heads_they_are_given(data: Path, tmp_path: Path) -> None:
+    given = _train("medusa", data, tmp_path / "one", "--optim.max_steps=2", "--run.save_every=0").folder
+    config = _config("medusa", data, tmp_path / "two", f"--medusa.init={given}", "--medusa.num_layers=2")
+    deeper = MedusaObjective(config, None, torch.device("cpu")).heads
+    heads, _ = load_medusa(given)
+    hidden = torch.randn(5, heads.hidden_size, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(deeper.hidden(hidden), heads.float().hidden(hidden))
+    assert deeper.num_layers == 2
+    with pytest.raises(ConfigError, match=r"4 heads of 1 layers.*wants 2 of"):
+        MedusaObjective(
+            _config("medusa", data, tmp_path / "x", f"--medusa.init={given}", "--medusa.num_heads=2"), None, torch.device("cpu")
+        )
 
 
 def test_on_policy_rows_keep_all_but_what_is_trained_on() -> None:

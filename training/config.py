@@ -47,6 +47,7 @@ class OptimConfig(Section):
     epochs: Annotated[int, Opt("passes through the data", 1)] = 1
     grad_clip: Annotated[float, Opt("largest norm of the gradient; 0 does not clip", 0)] = 1.0
     seed: Annotated[int, Opt("of weights, batches and draws", 0)] = 0
+    checkpoint_activations: Annotated[bool, Opt("make activations anew in the backward pass: less memory, more time")] = False
     precision: Annotated[Literal["fp32", "bf16"], Opt("of forward and backward; weights are kept in fp32")] = "fp32"
 
 
@@ -72,6 +73,7 @@ class MedusaConfig(Section):
 
     num_heads: Annotated[int, Opt("head k predicts k + 1 tokens after the next one", 1, 16)] = 4
     num_layers: Annotated[int, Opt("residual layers of a head", 1)] = 1
+    init: Annotated[str | None, Opt("heads to begin with, as `final` holds them; layers beyond theirs begin as nothing")] = None
     shared_head: Annotated[bool, Opt("use the target's output matrix, frozen, in place of one a head")] = False
     loss: Annotated[Loss, Opt(_LOSS)] = "forward_kl"
     temperature: Annotated[float, Opt("of both laws in the loss", 0.01)] = 1.0

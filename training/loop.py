@@ -24,7 +24,7 @@ from specdec.training.optimiser import make_optimiser, set_rates
 from specdec.training.packing import PackedRows, batches, num_batches, pack
 from specdec.training.progress import ProgressLine
 from specdec.training.saving import load_checkpoint, load_sharded, newest, save_checkpoint, save_sharded
-from specdec.training.settings import save_resolved
+from specdec.training.settings import ConfigError, save_resolved
 
 # (configuration, tokenizer, device) to an Objective.
 MakeObjective = Callable[[Any, Any, torch.device], Any]
@@ -99,6 +99,11 @@ class Run:
         tracker = None if config.run.tracker == "none" else config.run.tracker
         self.folder = Path(config.run.output).expanduser()
         self.accelerator = Accelerator(mixed_precision=mixed, log_with=tracker, project_dir=str(self.folder))
+        if self.accelerator.distributed_type is DistributedType.DEEPSPEED:
+            raise ConfigError(
+                "accelerate is set to DeepSpeed, whose engine steps by itself within the backward pass; choose FSDP in "
+                "`accelerate config`, which shards the same things"
+            )
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
         tokenizer = data_tokenizer(config.data, checkpoint(config.run.target, "target"))
         self.examples: Examples = load_examples(config.data, tokenizer)

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from specdec import SpeculativeGenerator
 from specdec.bundled import checkpoint
 from specdec.errors import SpecDecError, VocabularyMismatchError
-from specdec.training.config import DraftConfig
+from specdec.training.config import DraftConfig, OptimConfig
 from specdec.training.packing import PackedRows, additive, document_mask
 from specdec.training.settings import ConfigError
 
@@ -70,6 +70,13 @@ class Body:
         """[M, L, H] of packed documents, none of which sees another."""
         window = getattr(self.model.config.get_text_config(), "sliding_window", None)
         return self.hidden(rows.ids, rows.positions, document_mask(rows.documents, rows.positions, window))
+
+
+def set_training(model: Any, optim: OptimConfig) -> None:
+    """Put a model that learns into training mode, with its layers' activations made anew in the backward pass where asked."""
+    model.train()
+    if optim.checkpoint_activations:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def check_vocabularies(draft: Body, target: Body) -> None:

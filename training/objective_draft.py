@@ -14,7 +14,7 @@ from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.training.config import DraftTraining
 from specdec.training.divergences import Divergence
 from specdec.training.losses import taught_loss
-from specdec.training.models import Body, check_vocabularies, load_lm, make_draft, next_tokens
+from specdec.training.models import Body, check_vocabularies, load_lm, make_draft, next_tokens, set_training
 from specdec.training.objectives import Figures, Micro, sums_by_slot
 from specdec.training.packing import PackedRows
 
@@ -30,7 +30,7 @@ class DraftObjective(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.optim.seed)
             self.model = make_draft(settings, target, device)
-        self.model.requires_grad_(True).train()
+        set_training(self.model.requires_grad_(True), config.optim)
         self._target = (Body(target),)
         check_vocabularies(Body(self.model), self._target[0])
         self._divergence = Divergence(settings.loss, settings.temperature or 1.0, settings.jsd_beta)

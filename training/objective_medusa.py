@@ -11,16 +11,17 @@ from torch import Tensor, nn
 
 from specdec.bundled import checkpoint
 from specdec.drafters.base import Drafter
-from specdec.drafters.checkpoints import save_medusa
+from specdec.drafters.checkpoints import load_medusa, save_medusa
 from specdec.drafters.medusa import MedusaDrafter
 from specdec.drafters.medusa_heads import MedusaHeads
 from specdec.training.config import MedusaTraining
 from specdec.training.divergences import Divergence
 from specdec.training.losses import chunked_loss, taught_loss
 from specdec.training.medusa_layout import MedusaRows, medusa_rows
-from specdec.training.models import Body, load_lm, next_tokens
+from specdec.training.models import Body, load_lm, next_tokens, set_training
 from specdec.training.objectives import Figures, Micro, sums_by_slot
 from specdec.training.packing import PackedRows
+from specdec.training.settings import ConfigError
 
 _KL = Divergence("forward_kl")
 _LINEARS = "all-linear"
@@ -42,7 +43,11 @@ class MedusaObjective(nn.Module):
                 body.hidden_size, body.vocabulary, settings.num_heads, settings.num_layers, shared_head=settings.shared_head
             )
             adapted = _adapted(target, config) if settings.joint else None
-        if not settings.shared_head:
+        if adapted is not None:
+            set_training(target, config.optim)
+        if settings.init is not None:
+            _begin_as(heads, settings.init)
+        elif not settings.shared_head:
             heads.init_from(body.head_weight.cpu())
         self.heads, self.adapted = heads.to(device), adapted
         # A tuple hides the frozen target from torch: it is neither trained nor sent between processes.
@@ -149,6 +154,19 @@ class MedusaObjective(nn.Module):
             merged = self.adapted.merge_and_unload()  # type: ignore[operator]  # peft's method
             merged.to(torch.bfloat16).save_pretrained(folder / "target")
             self._tokenizer.save_pretrained(folder / "target")
+
+
+def _begin_as(heads: MedusaHeads, path: str) -> None:
+    """Copy trained heads into these. A residual layer of zeros passes on what it gets, so more layers begin as the same heads."""
+    given, _ = load_medusa(path)
+    same = (given.num_heads, given.hidden_size, given.vocabulary, given.shared_head)
+    if same != (heads.num_heads, heads.hidden_size, heads.vocabulary, heads.shared_head) or given.num_layers > heads.num_layers:
+        raise ConfigError(
+            f"medusa.init {path}: {given.num_heads} heads of {given.num_layers} layers, width {given.hidden_size}, "
+            f"shared_head {given.shared_head}; the run wants {heads.num_heads} of {heads.num_layers} or more layers, width "
+            f"{heads.hidden_size}, shared_head {heads.shared_head}"
+        )
+    heads.load_state_dict({name: value.float() for name, value in given.state_dict().items()}, strict=False)
 
 
 def _said(hidden: Tensor, places: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:

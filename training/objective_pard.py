@@ -16,7 +16,7 @@ from specdec.drafters.pard import PardDrafter
 from specdec.training.config import PardTraining
 from specdec.training.divergences import Divergence
 from specdec.training.losses import taught_loss
-from specdec.training.models import Body, check_vocabularies, load_lm, vocabulary_ids
+from specdec.training.models import Body, check_vocabularies, load_lm, set_training, vocabulary_ids
 from specdec.training.objectives import Figures, Micro, sums_by_slot
 from specdec.training.packing import PackedRows
 from specdec.training.pard_layout import PardLayout, PardRows, bool_mask, pard_rows
@@ -35,7 +35,7 @@ class PardObjective(nn.Module):
         super().__init__()
         settings = config.pard
         self.model = load_lm(checkpoint(settings.draft, "draft"), device=device)
-        self.model.requires_grad_(True).train()
+        set_training(self.model.requires_grad_(True), config.optim)
         self._tokenizer, self._path = tokenizer, checkpoint(config.run.target, "target")
         # A tuple hides it from torch: it is neither trained nor sent between processes.
         self._target: tuple[Any] | None = None
