@@ -41,6 +41,8 @@ class RunLog:
         return [(line["step"], line["acceptance_length"]) for line in self.held_out if "acceptance_length" in line]
 
 
+# Letters in a line of the legend.
+_LEGEND = 150
 _PANELS = (
     ("loss, training", RunLog.losses),
     ("share right, training", RunLog.accepted),
@@ -100,7 +102,8 @@ def _draw(runs: Sequence[RunLog], path: Path) -> None:
             axes.set_xlabel("step")
             axes.grid(alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(runs), 5), frameon=False)
+        columns = max(1, min(len(runs), _LEGEND // max(len(run.name) + 6 for run in runs)))
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False)
         figure.savefig(path, metadata={"Date": None})
 
 
