@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 
 import torch
@@ -39,6 +39,11 @@ class Replay:
 
     def coupled(self, log_p: Tensor, depth: Tensor) -> Tensor:
         raise NotImplementedError("the coupled rule is tested by identity, not by enumeration")
+
+    def branches(self) -> list[list[int]]:
+        """The prefixes that leave this replay after its own prefix, each at another decision or by another option."""
+        places = range(len(self.prefix), len(self.taken))
+        return [[*self.taken[:at], option] for at in places for option in self.options[at] if option != self.taken[at]]
 
     def following(self) -> list[int] | None:
         """The next prefix in depth-first order."""
@@ -113,12 +118,12 @@ def joint(laws: list[Law1]) -> Law1:
 
 def scores_of(p: Table, contexts: list[tuple[int, ...]], tree: TokenTree) -> Scores:
     """log p at every node of every request; padding repeats the root."""
-    rows = []
+    rows, tokens, parents = [], tree.tokens.tolist(), tree.parents.tolist()
     for b, context in enumerate(contexts):
         paths: list[tuple[int, ...]] = [context]
         for n in range(1, tree.tokens.shape[1]):
             live = n < tree.num_nodes[b]
-            paths.append((*paths[int(tree.parents[b, n])], int(tree.tokens[b, n])) if live else context)
+            paths.append((*paths[parents[b][n]], tokens[b][n]) if live else context)
         rows.append(torch.stack([p(path) for path in paths]))
     return Scores(torch.stack(rows).log())
 
@@ -136,6 +141,107 @@ def draw_chain(q: Table, contexts: list[tuple[int, ...]], counts: tuple[int, ...
             context = (*context, token)
     parents = torch.arange(-1, longest).expand(len(contexts), -1)
     return Draft(TokenTree(tokens, parents, tuple(n + 1 for n in counts), True), Law.INDEPENDENT, laws)
+
+
+class Replays:
+    """A chooser for many replays at once: `rows` rows of a batch belong to each, and replays know nothing of each other."""
+
+    def __init__(self, prefixes: list[list[int]], rows: int) -> None:
+        self.each = [Replay(prefix) for prefix in prefixes]
+        self._rows = rows
+
+    def of_row(self, row: int) -> Replay:
+        """The replay that decides for this row of the batch."""
+        return self.each[row // self._rows]
+
+    def accept(self, prob: Tensor) -> Tensor:
+        return torch.stack([self.of_row(b).accept(row) for b, row in enumerate(prob)])
+
+    def pick(self, weights: Tensor) -> Tensor:
+        return torch.stack([self.of_row(b).pick(row) for b, row in enumerate(weights)])
+
+    def coupled(self, log_p: Tensor, depth: Tensor) -> Tensor:
+        raise NotImplementedError("the coupled rule is tested by identity, not by enumeration")
+
+
+Texts = tuple[tuple[int, ...], ...]
+Verify = Callable[[Draft, Scores, Replays], Verdict]
+Draw = Callable[[list[tuple[int, ...]], Replays], Draft]
+
+
+def laws_of_round(verify: Verify, draw: Draw, p: Table, starts: list[Texts]) -> list[dict[Texts, float]]:
+    """For each start, the law of the texts after a round, all branches being rows of one batch as soon as they are known."""
+    laws: list[dict[Texts, float]] = [{} for _ in starts]
+    requests = len(starts[0])
+    pending: list[tuple[int, list[int]]] = [(start, []) for start in range(len(starts))]
+    while pending:
+        replays = Replays([prefix for _, prefix in pending], requests)
+        contexts = [text for start, _ in pending for text in starts[start]]
+        draft = draw(contexts, replays)
+        texts = extend(contexts, draft.tree, verify(draft, scores_of(p, contexts, draft.tree), replays))
+        found = []
+        for place, (start, _) in enumerate(pending):
+            replay = replays.each[place]
+            out = tuple(texts[place * requests : (place + 1) * requests])
+            laws[start][out] = laws[start].get(out, 0.0) + replay.weight
+            found += [(start, prefix) for prefix in replay.branches()]
+        pending = found
+    return laws
+
+
+def law_of_rounds(verify: Verify, draw: Draw, p: Table, contexts: Texts, rounds: int, length: int) -> Law1:
+    """The law of the first `length` tokens of every request after some rounds, completed by p.
+
+    Draws of different rounds are independent in a replay, so that a round is enumerated once for each text that it meets.
+    """
+    law = {contexts: 1.0}
+    for _ in range(rounds):
+        starts = list(law)
+        after: dict[Texts, float] = {}
+        for start, outcomes in zip(starts, laws_of_round(verify, draw, p, starts), strict=True):
+            for texts, weight in outcomes.items():
+                cut = tuple(text[:length] for text in texts)
+                after[cut] = after.get(cut, 0.0) + law[start] * weight
+        law = after
+    total: Law1 = {}
+    for texts, weight in law.items():
+        for text, rest in joint([continue_law(p, text, length) for text in texts]).items():
+            total[text] = total.get(text, 0.0) + weight * rest
+    return total
+
+
+def expected_acceptance(verify: Verify, draw: Draw, p: Table) -> float:
+    """How many drafted tokens a round keeps on average behind the text (0,)."""
+    outcomes = laws_of_round(verify, draw, p, [((0,),)])[0]
+    return sum(weight * (len(text) - 2) for (text,), weight in outcomes.items())
+
+
+def draw_tree(
+    q: Table, contexts: list[tuple[int, ...]], shapes: Sequence[Sequence[int]], replays: Replays, *, without: bool = False
+) -> Draft:
+    """Trees of the given parents, every child drawn from q behind its parent, on its own or without replacement.
+
+    shapes: the parents of each request's nodes, -1 first, repeated for every replay. Where nothing is left to draw a child
+    repeats the node's first child.
+    """
+    shapes = [shapes[b % len(shapes)] for b in range(len(contexts))]
+    nodes = max(map(len, shapes))
+    tokens, parents = torch.zeros(len(contexts), nodes, dtype=torch.long), torch.zeros(len(contexts), nodes, dtype=torch.long)
+    laws = torch.zeros(len(contexts), nodes, q.vocabulary, dtype=torch.float64)
+    for b, context in enumerate(contexts):
+        texts, left, first = [context], [q(context)], {}
+        laws[b, 0], parents[b, 0] = q(context), -1
+        for n, parent in enumerate(shapes[b][1:], start=1):
+            rest = left[parent]
+            token = int(replays.of_row(b).pick(rest)) if float(rest.sum()) > 0 else first[parent]
+            first.setdefault(parent, token)
+            if without:
+                left[parent] = rest.index_fill(0, torch.tensor([token]), 0.0)
+            texts.append((*texts[parent], token))
+            left.append(q(texts[-1]))
+            tokens[b, n], parents[b, n], laws[b, n] = token, parent, q(texts[-1])
+    law = Law.WITHOUT_REPLACEMENT if without else Law.INDEPENDENT
+    return Draft(TokenTree(tokens, parents, tuple(map(len, shapes))), law, laws)
 
 
 def extend(contexts: list[tuple[int, ...]], tree: TokenTree, verdict: Verdict) -> list[tuple[int, ...]]:

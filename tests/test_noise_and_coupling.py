@@ -134,7 +134,7 @@ FIXED = frozenset({Law.DETERMINISTIC})
     ("laws", "shape", "sampling", "seeded", "post_draw", "rule", "law"),
     [
         (ALL, "chain", False, False, False, "greedy", Law.DETERMINISTIC),
-        (ALL, "chain", True, False, False, "rejection", Law.INDEPENDENT),
+        (ALL, "chain", True, False, False, "block", Law.INDEPENDENT),
         (ALL, "chain", True, True, False, "coupled", Law.COUPLED),
         (FIXED, "tree", True, False, False, "sample-and-match", Law.DETERMINISTIC),
         (FIXED, "tree", True, True, False, "coupled", Law.DETERMINISTIC),
