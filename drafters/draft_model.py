@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from specdec.drafters.base import DraftSetup
 from specdec.drafters.cached import CachedTexts, draft_options
 from specdec.drafters.expansion import Expansion
-from specdec.drafters.slots import checked_shape, drafted_paths
+from specdec.drafters.slots import SlotWatch, checked_shape, drafted_paths
 from specdec.kernels.transfer import on_device
 from specdec.noise import Stream
 from specdec.rows import next_rows
@@ -22,6 +22,10 @@ from specdec.trees.layout import chain_parents
 from specdec.types import Budget, Committed, Draft, Law, TokenTree
 from specdec.verify.chooser import NoiseChooser
 from specdec.verify.coupled import coupled_pick
+
+# (logits [B, V], tokens drafted so far) to processed logits; (those, how many tokens so far) to (token [B, 1], its law [B, V]).
+Process = Callable[[Tensor, list[Tensor]], Tensor]
+Draw = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
 class DraftModelDrafter:
@@ -74,8 +78,9 @@ class DraftModelDrafter:
         return Law.DETERMINISTIC if self.shape == "tree" or self._setup.sampling is None else self._setup.law
 
     def _whole_chain(self, pending: list[list[int]], budget: Budget, depth: int) -> Draft | None:
-        """A greedy chain in one replay; None where the runner has none, or where drawing is left to be done here."""
-        if self.shape == "tree" or self._setup.sampling is not None or budget.stop is not None or not self.runner.replays:
+        """A greedy chain in one replay; None where the runner has none, or where drawing or looking at it is done here."""
+        watched = budget.stop is not None or budget.slots
+        if self.shape == "tree" or self._setup.sampling is not None or watched or not self.runner.replays:
             return None
         lines = [list(range(-1, len(text) - 1)) for text in pending]
         drafted = self.runner.whole_chain(tree_from_lists(pending, lines, self.runner.device), depth)
@@ -87,41 +92,44 @@ class DraftModelDrafter:
 
     def _chain(self, roots: Tensor, logits: Tensor, budget: Budget, depth: int) -> Draft:
         """Draw one token after the other, each from the law given the ones before it."""
-        lengths = tuple(self.runner.cache.lengths)
-        draw = self._draws(budget.requests, lengths)
+        process, draw = self._draws(budget.requests, tuple(self.runner.cache.lengths))
+        watch = SlotWatch(budget, depth)
         drafted: list[Tensor] = []
         laws: list[Tensor] = []
         for step in range(depth):
             if step:
                 logits = self.runner.forward(next_rows(self.runner.cache, step - 1, drafted[-1]))[0]
-            if budget.stop is not None and budget.stop(float(logits.float().softmax(-1).amax(-1).max())):
+            processed = process(logits, drafted)
+            if not watch.goes_on(processed):
                 break
-            token, q = draw(logits, drafted)
+            token, q = draw(processed, step)
             drafted.append(token)
             laws.append(q)
-        counts = tuple([min(n, d, len(drafted)) for n, d in zip(budget.nodes, budget.depth, strict=True)])
-        tree = chain_tree(roots, drafted, counts, self._line)
-        if self._law is not Law.INDEPENDENT:
-            return Draft(tree, self._law)
+            watch.drew(token)
+        tree = chain_tree(roots, drafted, watch.counts, self._line)
+        if self._law is not Law.INDEPENDENT or not drafted:
+            return Draft(tree, self._law, slots=watch.stats())
         laws.append(torch.zeros_like(laws[0]))
-        return Draft(tree, self._law, torch.stack(laws, 1)[:, : tree.tokens.shape[1]])
+        return Draft(tree, self._law, torch.stack(laws, 1)[:, : tree.tokens.shape[1]], slots=watch.stats())
 
-    def _draws(self, slots: tuple[int, ...], lengths: tuple[int, ...]) -> Callable[[Tensor, list[Tensor]], tuple[Tensor, Tensor]]:
-        """How the next token is drawn in this round: (logits [B, V], tokens so far) to (token [B, 1], its law [B, V])."""
+    def _draws(self, slots: tuple[int, ...], lengths: tuple[int, ...]) -> tuple[Process, Draw]:
+        """How a token is drawn in this round: its logits processed first, since a stop rule looks at them, then the draw."""
         sampling = self._setup.sampling
         if sampling is None or self._law is Law.DETERMINISTIC:
-            return lambda logits, drafted: (logits.argmax(-1, keepdim=True), logits)
+            return lambda logits, drafted: logits, lambda logits, step: (logits.argmax(-1, keepdim=True), logits)
         requests, starts = on_device([slots, lengths], self.runner.device)
         chooser = NoiseChooser(sampling.noise, requests, starts, Stream.DRAFT)
 
-        def draw(logits: Tensor, drafted: list[Tensor]) -> tuple[Tensor, Tensor]:
-            processed = sampling.process(logits, lambda: drafted_paths(slots, drafted))
+        def process(logits: Tensor, drafted: list[Tensor]) -> Tensor:
+            return sampling.process(logits, lambda: drafted_paths(slots, drafted))
+
+        def draw(processed: Tensor, step: int) -> tuple[Tensor, Tensor]:
             if self._law is Law.COUPLED:
-                return coupled_pick(sampling.noise, requests, starts + len(drafted), processed)[:, None], processed
+                return coupled_pick(sampling.noise, requests, starts + step, processed)[:, None], processed
             q = processed.softmax(-1)
             return chooser.pick(q)[:, None], q
 
-        return draw
+        return process, draw
 
     def _grow(self, roots: Tensor, logits: Tensor, budget: Budget, depth: int) -> TokenTree:
         """Expand the most likely nodes of each level, then keep the most likely of all."""

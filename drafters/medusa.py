@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from specdec.drafters.base import DraftSetup
 from specdec.drafters.checkpoints import check_fits, load_medusa
 from specdec.drafters.medusa_heads import MedusaHeads
-from specdec.drafters.slots import Shape, SlotDrafts, checked_shape
+from specdec.drafters.slots import Shape, SlotDrafts, checked_shape, tree_slots
 from specdec.errors import SpecDecError, VocabularyMismatchError
 from specdec.kernels.transfer import on_device
 from specdec.linear import PackedLinear, cpu_has_fast_bf16
@@ -131,7 +131,7 @@ class MedusaDrafter:
             return self._slots.tree(roots, logits, budget)
         guesses = logits.topk(min(self._trees.guesses, self.vocabulary), dim=-1).indices
         tree = self._trees.build(roots[:, 0], guesses, budget.nodes, depth, budget.width)
-        return Draft(tree, Law.DETERMINISTIC)
+        return Draft(tree, Law.DETERMINISTIC, slots=tree_slots(logits, tree) if budget.slots else None)
 
     @torch.no_grad()
     def commit(self, committed: Committed) -> None:

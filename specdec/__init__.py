@@ -11,12 +11,21 @@ if TYPE_CHECKING:
     from specdec.bundled import bundled_path
     from specdec.errors import SpecDecError
     from specdec.generator import SpeculativeGenerator
+    from specdec.goodput import GoodputPlanner
     from specdec.planner import FixedPlanner
     from specdec.runner import RunnerOptions
 
 __version__ = "0.1.0"
 
-__all__ = ["FixedPlanner", "RunnerOptions", "SpecDecError", "SpeculativeGenerator", "__version__", "bundled_path"]
+__all__ = [
+    "FixedPlanner",
+    "GoodputPlanner",
+    "RunnerOptions",
+    "SpecDecError",
+    "SpeculativeGenerator",
+    "__version__",
+    "bundled_path",
+]
 
 # In a source checkout the sub-packages stand beside this folder (pyproject.toml maps them);
 # in a wheel they are inside it and there is nothing to add.
@@ -26,6 +35,7 @@ if not (_here / "drafters").is_dir():
 
 _DEFINED_IN = {
     "FixedPlanner": "specdec.planner",
+    "GoodputPlanner": "specdec.goodput",
     "RunnerOptions": "specdec.runner",
     "SpecDecError": "specdec.errors",
     "SpeculativeGenerator": "specdec.generator",

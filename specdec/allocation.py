@@ -8,13 +8,10 @@ requests are closed upwards, and the best set for every N is a prefix of one ord
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
-
-Times = Sequence[float] | NDArray[np.float64]
+from operator import itemgetter
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,28 +23,93 @@ class Allocation:
     goodput: float
 
 
-def allocate(scores: Sequence[Sequence[float]], seconds: Times) -> Allocation:
-    """The allocation of the largest goodput, the smallest of equals.
+class Candidates:
+    """All requests' nodes in the one order, of which every best set is the beginning."""
 
-    scores: of each request's possible nodes, parents before children; no score is above its parent's, as for a chain's products.
-    seconds: of a round with n drafted nodes in all, for n from 0 on; no more nodes than that are drafted.
+    def __init__(self, scores: Sequence[Sequence[float]], depths: Sequence[Sequence[int]] | None = None) -> None:
+        """scores: of each request's possible nodes, parents before children; no score is above its parent's, as for a chain's
+        products.  depths: of the same nodes, where `best` is to look at some depths only.
+        """
+        self._batch = len(scores)
+        levels = depths or [[1] * len(row) for row in scores]
+        nodes = [
+            (score, request, depth)
+            for request, (row, own) in enumerate(zip(scores, levels, strict=True))
+            for score, depth in zip(row, own, strict=True)
+        ]
+        if self._batch > 1:
+            # Stable, so that of a request's equal scores a parent comes before its child.
+            nodes.sort(key=itemgetter(0), reverse=True)
+        self._nodes = nodes
+
+    def best(self, seconds: Sequence[float], drafting: float = 0.0, deepest: int | None = None) -> Allocation:
+        """The allocation of the largest goodput, the smallest of equals.
+
+        seconds: of a round with n drafted nodes in all, for n from 0 on; no more nodes than that are drafted.
+        drafting: seconds that any drafting costs on top.  deepest: no node below this depth.
+        """
+        nodes = self._nodes if deepest is None else [node for node in self._nodes if node[2] <= deepest]
+        nodes = nodes[: len(seconds) - 1]
+        tokens = expected = float(self._batch)
+        most = tokens + sum([node[0] for node in nodes])
+        best, count = tokens / seconds[0], 0
+        never_falling = list(seconds) == sorted(seconds)
+        for place, node in enumerate(nodes, 1):
+            own = seconds[place] + drafting
+            tokens += node[0]
+            if tokens > best * own:
+                best, count, expected = tokens / own, place, tokens
+            elif never_falling and most <= best * own:
+                # Not even all the tokens that there are would do in the time of this many nodes.
+                break
+        chosen = [0] * self._batch
+        for _, request, _ in nodes[:count]:
+            chosen[request] += 1
+        return Allocation(tuple(chosen), expected, best)
+
+
+def allocate(scores: Sequence[Sequence[float]], seconds: Sequence[float]) -> Allocation:
+    """See `Candidates`."""
+    return Candidates(scores).best(seconds)
+
+
+def allocate_evenly(
+    scores: Sequence[Sequence[float]], seconds: Sequence[float], drafting: float = 0.0, most: int | None = None
+) -> Allocation:
+    """As `allocate`, with the same number of nodes for every request that has so many (SmartSpec by batch). most: of a request."""
+    best = Allocation((0,) * len(scores), float(len(scores)), len(scores) / seconds[0])
+    for size in range(1, min(max(map(len, scores)), most or len(seconds)) + 1):
+        nodes = tuple([min(size, len(row)) for row in scores])
+        if sum(nodes) >= len(seconds):
+            break
+        tokens = len(scores) + sum([sum(row[:size]) for row in scores])
+        goodput = tokens / (seconds[sum(nodes)] + drafting)
+        if goodput > best.goodput:
+            best = Allocation(nodes, tokens, goodput)
+    return best
+
+
+def path_scores(rates: Sequence[Sequence[float]], nodes: int) -> list[tuple[float, int]]:
+    """(score, depth) of the best `nodes` paths, the best first and so parents before children.
+
+    rates[d][r]: the probability that the rank-r guess at depth d + 1 is the accepted one, given that its parent was.
     """
-    deepest = max(map(len, scores))
-    # By place first, so that of equal scores a parent comes before its child.
-    nodes = [(row[place], request) for place in range(deepest) for request, row in enumerate(scores) if place < len(row)]
-    gains = np.array([score for score, _ in nodes])
-    order = np.argsort(-gains, kind="stable")[: len(seconds) - 1]
-    tokens = len(scores) + np.concatenate(([0.0], gains[order].cumsum()))
-    goodput = tokens / np.asarray(seconds)[: len(tokens)]
-    count = int(goodput.argmax())
-    chosen = np.bincount([nodes[n][1] for n in order[:count]], minlength=len(scores))
-    return Allocation(tuple(map(int, chosen)), float(tokens[count]), float(goodput[count]))
+    if all(len(row) == 1 for row in rates):
+        return _chain(rates[:nodes])
+    found: list[tuple[float, int]] = []
+    heap = [(-1.0, 0)]
+    while heap and len(found) <= nodes:
+        negative, depth = heapq.heappop(heap)
+        found.append((-negative, depth))
+        for rate in rates[depth] if depth < len(rates) else ():
+            if rate > 0:
+                heapq.heappush(heap, (negative * rate, depth + 1))
+    return found[1:]
 
 
-def chain_scores(rates: Sequence[float]) -> list[float]:
-    """Path scores of a chain. rates: of each depth, the probability of acceptance given that all before it were accepted."""
-    scores, reached = [], 1.0
-    for rate in rates:
+def _chain(rates: Sequence[Sequence[float]]) -> list[tuple[float, int]]:
+    found, reached = [], 1.0
+    for depth, (rate,) in enumerate(rates, 1):
         reached *= rate
-        scores.append(reached)
-    return scores
+        found.append((reached, depth))
+    return found

@@ -65,8 +65,8 @@ def generate(
     top_k: Annotated[int | None, typer.Option(min=1)] = None,
     top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
     seed: Annotated[int | None, typer.Option(help="makes sampling repeat")] = None,
-    verifier: Annotated[str, typer.Option(help="auto, greedy, rejection, sample-and-match, coupled, or typical-lossy")] = "auto",
-    nodes: Annotated[int, typer.Option(min=0, help="tokens to draft each round")] = 2,
+    verifier: Annotated[str, typer.Option(help="auto, or a rule's name; README.md lists them")] = "auto",
+    nodes: Annotated[int | None, typer.Option(min=0, help="tokens to draft each round; by default the planner decides")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="print one JSON document instead of streaming")] = False,
 ) -> None:
     """Generate text; it streams as it is verified."""
@@ -83,6 +83,30 @@ def doctor() -> None:
     from specdec.demo import show_doctor
 
     show_doctor(Console())
+
+
+@app.command("tune")
+def tune_pair(
+    target: Annotated[str, typer.Option(help="checkpoint folder, hub name, or 'bundled'")] = "bundled",
+    drafter: Annotated[
+        str | None, typer.Option(help="a checkpoint, 'bundled', or a name as in generate; default: the bundled draft")
+    ] = None,
+    shape: Annotated[str | None, typer.Option(help="chain or tree, for drafters that draw both")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="a prompt a line, or .jsonl; the demo's built-in file by default")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="requests at once; may be repeated; 1 and 4 by default")] = None,
+    nodes: Annotated[list[int] | None, typer.Option(min=0, help="tokens to draft; may be repeated; 0 to 8 by default")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="rounds to measure of each size")] = 24,
+    seconds: Annotated[float, typer.Option(min=1.0, help="most time to measure")] = 60.0,
+    out: Annotated[Path | None, typer.Option(help="file to write; one in the user's cache by default")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from what the file holds")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="print one JSON document instead of tables")] = False,
+) -> None:
+    """Measure times and acceptance of a pair on this machine, and recommend how much to draft."""
+    from specdec.tune import BATCHES, NODES
+    from specdec.tune_command import TuneOptions, run_tune
+
+    sizes = tuple(batch or BATCHES), tuple(nodes or NODES)
+    run_tune(TuneOptions(target, drafter, shape, prompts, *sizes, rounds, seconds, out, resume, json_output), Console())
 
 
 @datastore.command()

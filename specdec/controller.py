@@ -16,7 +16,7 @@ from specdec.kernels.transfer import on_device
 from specdec.noise import Noise, Stream
 from specdec.planner import Planner
 from specdec.runner import ModelRunner
-from specdec.types import Budget, Committed, Draft, Law, Load, RoundStats, Scores, TokenTree
+from specdec.types import Budget, Committed, Draft, Law, Load, RoundStats, Scores, Slot, TokenTree
 from specdec.verify.chooser import NoiseChooser
 from specdec.verify.compatibility import Rule
 from specdec.verify.walk import verdict_rows
@@ -29,12 +29,14 @@ Process = Callable[[Tensor, Paths], Tensor]
 class Judged:
     """What verification gave, all in place in the target's cache. scored, verified: when each phase ended.
 
-    scores, raw: processed and raw logits at every node; None for a round that was one replay.
+    parents: of each request's nodes, the root left out; None for chains.  scores, raw: processed and raw logits at every node; None
+    for a round that was one replay.
     """
 
     committed: Committed
     scored: float
     verified: float
+    parents: tuple[tuple[int, ...], ...] | None = None
     scores: Scores | None = None
     raw: Scores | None = None
 
@@ -87,7 +89,8 @@ class Controller:
         judged = self._replay(draft, load) or self._judge(draft, load)
         if self.drafter is not None:
             self.drafter.commit(judged.committed)
-        stats = _round_stats(draft, budget, judged, (began, drafted, perf_counter()), self._forward_s() - forward_s)
+        slots = _slots(draft)
+        stats = _round_stats(draft, budget, judged, (began, drafted, perf_counter()), self._forward_s() - forward_s, slots)
         self.planner.observe(stats)
         return Step(judged, stats)
 
@@ -99,7 +102,7 @@ class Controller:
         scored = perf_counter()
         committed = committed_of(whole.verdict, load.requests, whole.taps)
         self.target.advance(committed.num_accepted)
-        return Judged(committed, scored, perf_counter())
+        return Judged(committed, scored, perf_counter(), _parents(draft.tree, whole.verdict))
 
     def _judge(self, draft: Draft, load: Load) -> Judged:
         """Score, verify and commit, one after the other."""
@@ -108,11 +111,12 @@ class Controller:
         scores = self._processed(raw, draft.tree, load.requests)
         verdict = self.rule.verify(draft, scores, self._chooser(load))
         # The round's one synchronisation.
-        rows = verdict_rows(verdict, draft.tree.tokens).tolist()
+        rows = verdict_rows(verdict, draft.tree.tokens, draft.tree.parents).tolist()
         committed = committed_of(rows, load.requests, raw.taps, is_chain=verdict.path is None)
         verified = perf_counter()
         self.target.commit(committed.paths)
-        return Judged(committed, scored, verified, scores, raw)
+        parents = None if verdict.path is None else _parents(draft.tree, rows)
+        return Judged(committed, scored, verified, parents, scores, raw)
 
     def _propose(self, budget: Budget, last_tokens: Sequence[int]) -> Draft:
         if self.drafter is None:
@@ -139,7 +143,22 @@ class Controller:
         return sum(runner.forward_s for runner in self._runners)
 
 
-def _round_stats(draft: Draft, budget: Budget, judged: Judged, marks: tuple[float, float, float], forward_s: float) -> RoundStats:
+def _slots(draft: Draft) -> tuple[tuple[Slot, ...], ...] | None:
+    """One more small read, behind the verdict's, and only where a planner asked for the values."""
+    if draft.slots is None:
+        return None
+    rows = torch.stack((draft.slots.largest, draft.slots.entropy, draft.slots.drawn), 2).tolist()
+    return tuple([tuple([(a, b, c) for a, b, c in row[: n - 1]]) for row, n in zip(rows, draft.tree.num_nodes, strict=True)])
+
+
+def _round_stats(
+    draft: Draft,
+    budget: Budget,
+    judged: Judged,
+    marks: tuple[float, float, float],
+    forward_s: float,
+    slots: tuple[tuple[Slot, ...], ...] | None,
+) -> RoundStats:
     """marks: when the round began, when it had drafted, and when it ended."""
     began, drafted, ended = marks
     sizes = draft.tree.num_nodes
@@ -155,7 +174,19 @@ def _round_stats(draft: Draft, budget: Budget, judged: Judged, marks: tuple[floa
         verify_s=judged.verified - judged.scored,
         other_s=ended - judged.verified,
         forward_s=forward_s,
+        drafter=budget.drafter,
+        forecast=budget.forecast,
+        paths=judged.committed.paths,
+        parents=judged.parents,
+        slots=slots,
     )
+
+
+def _parents(tree: TokenTree, rows: list[list[int]]) -> tuple[tuple[int, ...], ...] | None:
+    """Of each request's nodes, the root left out. rows: of `verdict_rows`, of a verdict with a path."""
+    if tree.is_chain:
+        return None
+    return tuple([tuple(row[2 + (len(row) - 2) // 3 * 2 :][: n - 1]) for row, n in zip(rows, tree.num_nodes, strict=True)])
 
 
 def root_tree(tokens: Sequence[int], device: torch.device) -> TokenTree:
@@ -188,7 +219,7 @@ def committed_of(
     for request, (count, token, *rest) in zip(requests, verdict, strict=True):
         counts.append(count)
         tokens.append((*rest[:count], token))
-        paths.append(tuple(range(1, count + 1) if is_chain else rest[len(rest) // 2 :][:count]))
+        paths.append(tuple(range(1, count + 1) if is_chain else rest[len(rest) // 3 :][:count]))
         if token < 0:
             bad.append(request)
     if bad:

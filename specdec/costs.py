@@ -2,121 +2,196 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping
 from itertools import accumulate
-
-import numpy as np
-from numpy.typing import NDArray
-
-Sizes = NDArray[np.int_]
 
 # Samples that a measured size keeps; their median is robust against what else the machine does, and against first runs.
 _KEPT = 9
 # How fast the pace follows: the weight of a new round.
-_FOLLOW = 0.05
+_FOLLOW = 0.15
+# What a single round may say of the pace: not more than twice as fast or slow.
+_MOST = 2.0
 # Growth for each row or step of the first size measured, while nothing else is known.
 _GUESSED_GROWTH = 0.05
+# Sizes that lie so near to a measured one count as measured.
+_NEAR = 0.12
+# Batch sizes that share their measurements; above them steps of a third.
+_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+# How much of what was seen of contexts stays from round to round; how fast the means of a size follow; deviation of contexts, in
+# tokens, from which on their slope is believed.
+_CONTEXT_STAYS, _MEANS_FOLLOW, _SURE = 0.99, 0.02, 50.0
 
 
 class Curve:
-    """Seconds by size for one batch size; non-negative, and not falling with size."""
+    """Seconds by size; non-negative, and not falling with size."""
 
-    def __init__(self) -> None:
-        """Nothing is measured yet."""
+    def __init__(self, known: Mapping[int, float] | None = None) -> None:
+        """known: seconds by size that count as one measurement each."""
         self._samples: dict[int, deque[float]] = {}
         self._medians: dict[int, float] = {}
-        self._points: tuple[list[int], list[float]] = ([], [])
+        self._sizes: list[int] = []
+        self._values: list[float] = []
+        for size, seconds in (known or {}).items():
+            self.add(size, seconds)
 
     def add(self, size: int, seconds: float) -> None:
         """A measurement."""
         samples = self._samples.setdefault(size, deque(maxlen=_KEPT))
         samples.append(seconds)
-        self._medians[size] = sorted(samples)[len(samples) // 2]
-        sizes = sorted(self._medians)
-        self._points = sizes, list(accumulate([self._medians[known] for known in sizes], max))
+        median = sorted(samples)[len(samples) // 2]
+        if self._medians.get(size) == median:
+            return
+        self._medians[size] = median
+        self._sizes = sorted(self._medians)
+        self._values = list(accumulate([self._medians[known] for known in self._sizes], max))
 
     def __bool__(self) -> bool:
         """Whether anything is known."""
-        return bool(self._samples)
+        return bool(self._sizes)
 
     @property
     def largest(self) -> int:
         """Of the measured sizes."""
-        return self._points[0][-1]
+        return self._sizes[-1]
 
     def known(self, size: int) -> float | None:
         """The median of what was measured at this size."""
         return self._medians.get(size)
 
-    def hoped(self, sizes: Sizes) -> NDArray[np.float64]:
-        """The least that they can take: what the largest measured size up to each does."""
-        known, values = self._points
-        place = (np.searchsorted(known, sizes, side="right") - 1).clip(0)
-        found: NDArray[np.float64] = np.asarray(values)[place]
-        return found
+    def near(self, size: float) -> bool:
+        """Whether this size, or one about as large, was measured."""
+        place = bisect_left(self._sizes, size - _NEAR * size)
+        return place < len(self._sizes) and self._sizes[place] <= size + _NEAR * size
 
-    def at(self, sizes: Sizes) -> NDArray[np.float64]:
+    def hoped(self, size: float) -> float:
+        """The least that it can take: what the largest measured size up to it does."""
+        return self._values[max(bisect_right(self._sizes, size) - 1, 0)]
+
+    def at(self, size: float) -> float:
         """Seconds: measured, interpolated between measured neighbours, or carried on beyond the last ones."""
-        known, values = self._points
-        first, last = known[0], known[-1]
-        slope = _GUESSED_GROWTH * values[0] if first == last else (values[-1] - values[-2]) / (last - known[-2])
-        beyond = (np.asarray(sizes) - last).clip(0)
-        found: NDArray[np.float64] = np.interp(sizes, known, values) + slope * beyond
-        return found
+        sizes, values = self._sizes, self._values
+        if size <= sizes[0]:
+            return values[0]
+        if size >= sizes[-1]:
+            steep = _GUESSED_GROWTH * values[0] if len(sizes) == 1 else (values[-1] - values[-2]) / (sizes[-1] - sizes[-2])
+            return values[-1] + steep * (size - sizes[-1])
+        right = bisect_left(sizes, size)
+        share = (size - sizes[right - 1]) / (sizes[right] - sizes[right - 1])
+        return values[right - 1] + share * (values[right] - values[right - 1])
+
+
+class ContextSlope:
+    """Seconds for each committed token of a round's requests: how they move together within rounds of one size."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        """seconds: for each token, from a profile, until rounds show their own."""
+        self._first = seconds
+        self._means: dict[int, tuple[float, float]] = {}
+        self._both, self._own, self._weight = 0.0, 0.0, 0.0
+
+    def observe(self, size: int, context: int, seconds: float) -> None:
+        """A round."""
+        where, took = self._means.get(size, (float(context), seconds))
+        off, late = context - where, seconds - took
+        self._means[size] = where + _MEANS_FOLLOW * off, took + _MEANS_FOLLOW * late
+        self._both = _CONTEXT_STAYS * self._both + off * late
+        self._own = _CONTEXT_STAYS * self._own + off * off
+        self._weight = _CONTEXT_STAYS * self._weight + 1
+
+    @property
+    def seconds(self) -> float:
+        """For each token; not below zero."""
+        sure = min(self._own / (self._weight * _SURE**2), 1.0) if self._weight else 0.0
+        own = max(self._both / self._own, 0.0) if self._own else 0.0
+        return sure * own + (1 - sure) * self._first
 
 
 class CostModel:
-    """Seconds of a round: the target with all around it by packed rows, the draft by its depth; each by batch size.
+    """Seconds of a round: the target with all around it by packed rows and context, the draft by arm and depth.
 
-    The pace is common to all: a machine that slows down slows what was measured earlier, too.
+    Batch sizes that are nearly equal share their measurements. The pace is common to all: a machine that slows down slows what was
+    measured earlier, too.
     """
 
     def __init__(self) -> None:
         """Knows nothing yet."""
         self._target: dict[int, Curve] = {}
-        self._draft: dict[int, Curve] = {}
+        self._draft: dict[tuple[str, int, int], Curve] = {}
+        self._slope = ContextSlope()
         self._pace = 1.0
 
-    def observe(self, batch: int, nodes: int, depth: int, draft_s: float, target_s: float) -> None:
-        """A finished round. nodes: drafted in all.  depth: of the deepest draft.  target_s: all but the drafting."""
-        curve = self._target.setdefault(batch, Curve())
-        known = curve.known(nodes)
+    def begin_with(self, target_s: Mapping[int, Mapping[int, float]], context_s: float) -> None:
+        """What a profile knows. target_s: seconds by batch size and drafted nodes in all.  context_s: for a committed token."""
+        for batch, by_nodes in target_s.items():
+            curve = self._target.setdefault(bucket(batch), Curve())
+            for nodes, seconds in by_nodes.items():
+                curve.add(batch + nodes, seconds)
+        self._slope = ContextSlope(context_s)
+
+    def begin_draft_with(self, name: str, width: int, draft_s: Mapping[int, Mapping[int, float]]) -> None:
+        """What a profile knows of a drafter. draft_s: seconds by batch size and depth."""
+        for batch, by_depth in draft_s.items():
+            self._draft[name, width, bucket(batch)] = Curve(by_depth)
+
+    def observe(self, batch: int, nodes: int, context: int, target_s: float) -> None:
+        """A finished round. nodes: drafted in all.  context: committed tokens of all requests.  target_s: all but the drafting."""
+        rows = batch + nodes
+        self._slope.observe(rows, context, target_s)
+        base = max(target_s - self._slope.seconds * context, 0.1 * target_s)
+        curve = self._target.setdefault(bucket(batch), Curve())
+        known = curve.known(rows)
         if known:
-            self._pace *= (target_s / (known * self._pace)) ** _FOLLOW
-        curve.add(nodes, target_s / self._pace)
-        self._draft.setdefault(batch, Curve()).add(depth, draft_s / self._pace)
+            self._pace *= min(max(base / (known * self._pace), 1 / _MOST), _MOST) ** _FOLLOW
+        curve.add(rows, base / self._pace)
+
+    def observe_draft(self, name: str, width: int, batch: int, depth: int, draft_s: float) -> None:
+        """A finished draft of this depth."""
+        self._draft.setdefault((name, width, bucket(batch)), Curve()).add(depth, draft_s / self._pace)
 
     def knows(self, batch: int) -> bool:
-        """Whether plain decoding of this batch size was measured."""
+        """Whether plain decoding of about this batch size was measured."""
         return self.measured(batch, 0)
 
-    def measured(self, batch: int, nodes: int) -> bool:
-        """Whether there was a round of this size."""
-        return batch in self._target and self._target[batch].known(nodes) is not None
+    def measured(self, batch: int, nodes: float) -> bool:
+        """Whether there was a round of about this size."""
+        curve = self._target.get(bucket(batch))
+        return curve is not None and curve.near(batch + nodes)
 
-    def plain(self, batch: int) -> float:
-        """Seconds of a round without a draft, where `knows` says that it was measured."""
-        found = self._target[batch].known(0)
-        assert found is not None
-        return self._pace * found
+    def plain(self, batch: int, context: int) -> float:
+        """Seconds of a round without a draft."""
+        return self.target(batch, 0, context)[0]
 
-    def deepest(self, batch: int) -> int:
-        """The deepest draft that was measured with this batch size."""
-        return self._draft[batch].largest if batch in self._draft else 0
+    def target(self, batch: int, most: int, context: int, *, share: float = 1.0, hoped: bool = False) -> list[float]:
+        """Seconds of rounds with 0, 1, ..., most nodes asked for, the drafting left out.
 
-    def seconds(self, batch: int, most: int, depths: Sequence[int], *, hoped: bool = False) -> NDArray[np.float64]:
-        """[len(depths), most + 1]: of rounds with 0, 1, ..., most drafted nodes, at most so deep.
-
-        hoped: the least that they can take, see `Curve.hoped`.
+        share: of what is asked for that is drafted.  hoped: the least that they can take, see `Curve.hoped`.
         """
-        target, draft = _nearest(self._target, batch), _nearest(self._draft, batch)
-        sizes = np.arange(most + 1)
-        of_target = target.hoped(sizes) if hoped else target.at(sizes)
-        of_depth = np.where(sizes > 0, draft.at(np.asarray(depths))[:, None], draft.at(np.zeros(1, dtype=int)))
-        found: NDArray[np.float64] = self._pace * (of_target + of_depth)
-        return found
+        curve = self._target[min(self._target, key=lambda known: abs(known - batch))]
+        value, pace, always = curve.hoped if hoped else curve.at, self._pace, self._slope.seconds * context
+        return [pace * value(batch + share * nodes) + always for nodes in range(most + 1)]
+
+    def draft(self, name: str, width: int, batch: int, depth: int, *, hoped: bool = False) -> float:
+        """Seconds of a draft of this depth; what was never measured is hoped to be free."""
+        curve = self._curve(name, width, batch)
+        if curve is None:
+            return 0.0
+        return self._pace * (curve.hoped(depth) if hoped else curve.at(depth))
+
+    def deepest(self, name: str, width: int, batch: int) -> int:
+        """The deepest draft that was measured."""
+        curve = self._curve(name, width, batch)
+        return 0 if curve is None else curve.largest
+
+    def _curve(self, name: str, width: int, batch: int) -> Curve | None:
+        own = [known for arm, across, known in self._draft if arm == name and across == width]
+        if not own:
+            return None
+        return self._draft[name, width, min(own, key=lambda known: abs(known - batch))]
 
 
-def _nearest(curves: dict[int, Curve], batch: int) -> Curve:
-    return curves[min(curves, key=lambda known: abs(known - batch))]
+def bucket(batch: int) -> int:
+    """The batch sizes that share measurements with this one, by the largest of them."""
+    place = bisect_left(_BATCHES, batch)
+    return _BATCHES[place] if place < len(_BATCHES) else -(-batch // 128) * 128

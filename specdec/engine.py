@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from specdec.controller import Controller, Judged, Step
 from specdec.drafters.base import Drafter, DraftSampling, DraftSetup
-from specdec.errors import SpecDecError, VocabularyMismatchError
+from specdec.errors import IncompatibleRuleError, SpecDecError, VocabularyMismatchError
+from specdec.goodput import GoodputPlanner
 from specdec.metrics import SpeculationStats, StatsCollector
 from specdec.noise import Noise
 from specdec.planner import FixedPlanner, Planner
 from specdec.processing import Processing
 from specdec.runner import ModelRunner, RunnerOptions
 from specdec.stopping import Stopping
-from specdec.types import Law, Load
+from specdec.types import DrafterTraits, Law, Load
 from specdec.verify.compatibility import rule_for
 
 _ALL_LAWS = frozenset(Law)
@@ -79,11 +80,22 @@ class Engine:
         device = getattr(getattr(drafter, "runner", None), "device", self.runner.device)
         if device != self.runner.device:
             raise SpecDecError(f"the draft model is on {device}, the target on {self.runner.device}; move one of them")
+        self.traits = _traits(drafter)
+        if isinstance(planner, GoodputPlanner) and drafter is not None:
+            planner.bind(target, drafter)
 
     def _rule(self, sampling: bool, seeded: bool):  # type: ignore[no-untyped-def]
         laws = self.drafter.laws if self.drafter is not None else _ALL_LAWS
         shape = self.drafter.shape if self.drafter is not None else "chain"
-        return rule_for(self.verifier, laws, shape, sampling, seeded, self.planner.post_draw)
+        rule, law = rule_for(self.verifier, laws, shape, sampling, seeded, self.planner.post_draw)
+        drawn = getattr(self.drafter, "drawn", None)
+        beyond = drawn(law) - rule.laws if drawn is not None else frozenset()
+        if beyond:
+            raise IncompatibleRuleError(
+                f"verifier={rule.name!r} verifies {', '.join(sorted(rule.laws))} drafts; some of these drafters give "
+                f"{', '.join(sorted(beyond))}; use 'auto', or leave them out"
+            )
+        return rule, law
 
     @torch.no_grad()
     def run(self, call: Call) -> Result:
@@ -106,6 +118,14 @@ class Engine:
         planner = FixedPlanner(nodes=0) if drafter is None else self.planner
         needs_scores = call.keep_scores or call.keep_logits
         return Controller(self.runner, drafter, rule, planner, call.noise, process, needs_scores=needs_scores)
+
+
+def _traits(drafter: Drafter | None) -> tuple[DrafterTraits, ...]:
+    """What a planner may choose from; the only drafter goes without a name."""
+    if drafter is None:
+        return ()
+    several: tuple[DrafterTraits, ...] | None = getattr(drafter, "traits", None)
+    return several or (DrafterTraits("", drafter.shape),)
 
 
 def _upcast(logits: Tensor, paths: object) -> Tensor:
@@ -147,7 +167,7 @@ class _Run:
     def _load(self) -> Load:
         prompts, room = self.call.prompts, self.call.stopping.room
         lengths = tuple([len(prompts[i]) + len(self.tokens[i]) for i in self.active])
-        return Load(tuple(self.active), lengths, tuple([room(i) for i in self.active]))
+        return Load(tuple(self.active), lengths, tuple([room(i) for i in self.active]), self.engine.traits)
 
     def _last(self, request: int) -> int:
         own = self.tokens[request]

@@ -28,7 +28,7 @@ class GenerateOptions:
     sampling: dict[str, Any]
     seed: int | None
     verifier: str
-    nodes: int
+    nodes: int | None
     chat: bool
     as_json: bool
 
@@ -52,7 +52,7 @@ def make_generator(options: GenerateOptions) -> SpeculativeGenerator:
     if drafter is None and options.target is None:
         drafter = str(bundled_path("draft"))
     drafter = None if drafter == "none" else drafter
-    planner = FixedPlanner(nodes=options.nodes, depth=max(1, options.nodes), width=2)
+    planner = None if options.nodes is None else FixedPlanner(nodes=options.nodes, depth=max(1, options.nodes), width=2)
     return SpeculativeGenerator.from_pretrained(target, drafter, verifier=options.verifier, planner=planner)
 
 

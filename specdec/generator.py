@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,12 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from specdec.bass import BassPlanner, HeuristicPlanner
+from specdec.confidence import ConfidencePlanner
 from specdec.drafters.base import Drafter
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.drafters.registry import FACTORIES, load_drafter, make_drafter
+from specdec.drafters.several import SeveralDrafters
 from specdec.engine import Call, Engine, Result
 from specdec.errors import InvalidRequestError, SpecDecError, UnsupportedModelError
 from specdec.goodput import GoodputPlanner
@@ -36,6 +39,15 @@ from specdec.request import check_arguments, check_config, check_lengths, check_
 from specdec.runner import RunnerOptions
 from specdec.stopping import Stopping
 from specdec.streaming import StepStream
+
+_PLANNERS: dict[str, Callable[[], Planner]] = {
+    "goodput": GoodputPlanner,
+    "confidence": ConfidencePlanner,
+    "bass": BassPlanner,
+    "heuristic": HeuristicPlanner,
+}
+# What a drafter may be given as.
+OneDrafter = Drafter | nn.Module | str | Path
 
 
 @dataclass
@@ -66,7 +78,7 @@ class SpeculativeGenerator:
     def __init__(
         self,
         target: PreTrainedModel,
-        drafter: Drafter | nn.Module | str | Path | None = None,
+        drafter: OneDrafter | Sequence[OneDrafter] | Mapping[str, OneDrafter] | None = None,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         verifier: str = "auto",
@@ -75,11 +87,12 @@ class SpeculativeGenerator:
         options: RunnerOptions | None = None,
     ) -> None:
         """drafter: a model, a checkpoint's path (draft model, Medusa heads, PARD), "prompt-lookup", "suffix", "retrieval",
-        "recycling", a Drafter, or None for plain decoding.
+        "recycling", a Drafter, or None for plain decoding. A list, tuple or dict by name of these: the planner's budget names the
+        one that a round uses.
 
-        tokenizer: used for stop strings.  verifier: a rule's name.  planner: a Planner, "goodput", or how many tokens to draft
-        each round.  seed: makes sampling repeat; without one torch's global generator governs.  options: how the target's
-        forwards are run, each fast way can be forced off there.
+        tokenizer: used for stop strings.  verifier: a rule's name.  planner: how many tokens to draft each round, a Planner, or the
+        name of one: "goodput" (the default), "confidence", "bass", "heuristic".  seed: makes sampling repeat; without one torch's
+        global generator governs.  options: how the target's forwards are run, each fast way can be forced off there.
         Raises a SpecDecError when target, drafter and rule do not fit together.
         """
         if getattr(getattr(target, "config", None), "is_encoder_decoder", False):
@@ -94,7 +107,7 @@ class SpeculativeGenerator:
     def from_pretrained(
         cls,
         target: str | Path,
-        drafter: Drafter | nn.Module | str | Path | None = None,
+        drafter: OneDrafter | Sequence[OneDrafter] | Mapping[str, OneDrafter] | None = None,
         *,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
@@ -231,10 +244,14 @@ class SpeculativeGenerator:
         return kwargs, config
 
 
-def as_drafter(drafter: Drafter | nn.Module | str | Path | None, target: nn.Module) -> Drafter | None:
+def as_drafter(drafter: OneDrafter | Sequence[OneDrafter] | Mapping[str, OneDrafter] | None, target: nn.Module) -> Drafter | None:
     """A Drafter from whatever the user gave; a checkpoint is loaded with the target's device and its own dtype."""
     if drafter is None:
         return None
+    if isinstance(drafter, Mapping):
+        return SeveralDrafters({name: _as_part(part, target) for name, part in drafter.items()})
+    if isinstance(drafter, (list, tuple)):
+        return SeveralDrafters([_as_part(part, target) for part in drafter])
     if isinstance(drafter, str) and drafter in FACTORIES:
         return make_drafter(drafter)
     if isinstance(drafter, (str, Path)):
@@ -243,19 +260,31 @@ def as_drafter(drafter: Drafter | nn.Module | str | Path | None, target: nn.Modu
         return DraftModelDrafter(drafter)
     if isinstance(drafter, Drafter):
         return drafter
-    raise SpecDecError(f"drafter is a {type(drafter).__name__}; give a model, a path, one of {tuple(FACTORIES)}, a Drafter or None")
+    raise SpecDecError(
+        f"drafter is a {type(drafter).__name__}; give a model, a path, one of {tuple(FACTORIES)}, a Drafter, "
+        "a list or dict of these, or None"
+    )
+
+
+def _as_part(drafter: OneDrafter, target: nn.Module) -> Drafter:
+    """One of several drafters."""
+    part = as_drafter(drafter, target)
+    if part is None:
+        raise SpecDecError("None is among several drafters; leave it out, a budget of no nodes is plain decoding")
+    return part
 
 
 def _as_planner(planner: Planner | int | str | None) -> Planner:
     if planner is None:
-        return FixedPlanner()
-    if planner == "goodput":
-        return GoodputPlanner()
+        planner = "goodput"
+    if isinstance(planner, str) and planner in _PLANNERS:
+        return _PLANNERS[planner]()
     if isinstance(planner, int) and not isinstance(planner, bool):
         return FixedPlanner(nodes=planner, depth=max(planner, 1))
     if isinstance(planner, Planner):
         return planner
-    raise SpecDecError(f"planner is a {type(planner).__name__}; give a Planner, a number of tokens to draft, 'goodput', or None")
+    came = repr(planner) if isinstance(planner, str) else f"a {type(planner).__name__}"
+    raise SpecDecError(f"planner is {came}; give a Planner, a number of tokens to draft, or one of {tuple(_PLANNERS)}")
 
 
 def _checked_seed(seed: int | None) -> int | None:

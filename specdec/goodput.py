@@ -2,121 +2,119 @@
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass, field
+import logging
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import nn
 
 from specdec.acceptance import AcceptanceModel
-from specdec.allocation import allocate, chain_scores
-from specdec.costs import CostModel
+from specdec.arms import Arm, Limits, Plan
+from specdec.costs import CostModel, bucket
+from specdec.drafters.base import Drafter
 from specdec.errors import SpecDecError
-from specdec.types import Budget, Draft, Load, RoundStats
+from specdec.guard import Guard
+from specdec.profile import Profile, check_fits, default_path, read_profile
+from specdec.types import Budget, Draft, DrafterTraits, Forecast, Load, RoundStats
 
+logger = logging.getLogger(__name__)
 # Plain rounds at the start of a batch size, and one among so many later: what speculation is compared with has to be measured.
-_FIRST_PLAIN, _PLAIN_EVERY = 3, 64
+_FIRST_PLAIN, _PLAIN_EVERY = 3, 96
 # Rounds that a plan stays once so many times as many have been seen, unless the requests change.
 _PLAN_STAYS, _SETTLES = 8, 8
 # A plan replaces another when it is better by this share.
 _HYSTERESIS = 0.02
-# Rounds that speculation is judged by, and that it is tried for when it was off; deviations that pass for bad luck.
-_WINDOW, _TRIED, _LUCK = 32, 4, 1.5
-# Rounds until it is tried again: at first; doubled each time up to where trials cost this share of the time.
-_FIRST_WAIT, _LONGEST_WAIT, _TRIALS_COST = 8, 512, 0.02
+# Choices in which unmeasured sizes are looked for each time, and one among so many later.
+_SEARCHED, _SEARCHES = 32, 4
+# Rounds that a drafter is tried for.
+_TRIED = 2
+# In a trial one request of so many drafts, in batches of that many or more.
+_TRIAL_SHARE = 4
+# Rounds without a draft after which the next draft has to catch up, and says nothing of what drafts take.
+_CATCHES_UP = 4
+_ONLY = (DrafterTraits("", "chain"),)
 
 
 @dataclass(slots=True)
-class Guard:
-    """Whether speculation has been paying, for one batch size; what it knows are finished rounds."""
+class _Asked:
+    """What was asked for in a round."""
 
-    on: bool = True
-    wait: int = _FIRST_WAIT
-    left: int = 0
-    longest: int = _LONGEST_WAIT // 8
-    window: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_WINDOW))
-
-    def speculates(self) -> bool:
-        """Whether the next round may speculate."""
-        return self.on or self.left <= 0
-
-    def observe(self, speculated: bool, tokens: int, seconds: float, plain_s: float, batch: int) -> None:
-        """A round is over. plain_s: what a plain round of this batch takes."""
-        if not speculated:
-            self.left -= not self.on
-            return
-        self.window.append((tokens, seconds))
-        if len(self.window) < (_WINDOW // 4 if self.on else _TRIED):
-            return
-        rounds, total = len(self.window), sum([count for count, _ in self.window])
-        typical = sorted([own for _, own in self.window])[rounds // 2]
-        # What else the machine did in a round says nothing of speculation.
-        spent = sum([min(own, 2 * typical) for _, own in self.window])
-        # Luck is no reason to stop: what a lucky window of the same rounds could have given has to be too little as well.
-        spread = sum([(count - total / rounds) ** 2 for count, _ in self.window])
-        luck = _LUCK * spread**0.5 if self.on else 0.0
-        if (total + luck) / spent >= batch / plain_s:
-            self.on, self.wait = True, _FIRST_WAIT
-            return
-        self.longest = _longest_wait(typical, plain_s)
-        self.pause()
-
-    def pause(self) -> None:
-        """No speculation for some rounds, twice as many as last time if it has not paid since."""
-        self.wait = _FIRST_WAIT if self.on else min(2 * self.wait, self.longest)
-        self.on, self.left = False, self.wait
-        self.window.clear()
-
-
-def _longest_wait(tried_s: float, plain_s: float) -> int:
-    """Plain rounds between trials, so that what trials cost stays a small share."""
-    extra = max(tried_s / plain_s - 1, 0.0) * _TRIED
-    return int(min(max(extra / _TRIALS_COST, _FIRST_WAIT), _LONGEST_WAIT))
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """nodes: by request, in order.  depth: of the deepest.  goodput: expected."""
-
-    requests: tuple[int, ...]
+    why: str
+    plan: Plan
     nodes: tuple[int, ...]
-    depth: int
-    goodput: float
+    context: int
 
 
 class GoodputPlanner:
-    """Chooses, each few rounds, the nodes of every request that maximise expected tokens over expected seconds (SmartSpec, arXiv
-    2406.14066), from rates by depth and request and from times by size, both measured as it goes. Chains only.
+    """Chooses, each few rounds, the drafter, shape and nodes of every request that maximise expected tokens over expected seconds
+    (SmartSpec, arXiv 2406.14066), from rates by depth, rank and request and from times by size, both measured as it goes.
 
     It looks at finished rounds and lengths and never at a drawn token, so every lossless rule stays lossless. Text does not
     depend on it. One instance keeps what it has learned from call to call.
     """
 
-    def __init__(self, most: int = 8) -> None:
-        """most: drafted tokens of a request, at most."""
-        if not isinstance(most, int) or most < 1:
-            raise SpecDecError(f"GoodputPlanner most={most!r}: give a whole number, at least 1")
+    def __init__(
+        self,
+        most: int = 8,
+        *,
+        most_nodes: int = 32,
+        width: int = 4,
+        per: Literal["request", "batch"] = "request",
+        profile: Profile | None = None,
+    ) -> None:
+        """most: depth of a draft, at most.  most_nodes: of a request's tree.  width: of drafters that draw trees.
+
+        per: "batch" gives every request the same number of nodes.  profile: what `specdec tune` measured, to begin with.
+        """
+        for name, value in (("most", most), ("most_nodes", most_nodes), ("width", width)):
+            if not isinstance(value, int) or value < 1:
+                raise SpecDecError(f"GoodputPlanner {name}={value!r}: give a whole number, at least 1")
+        if per not in ("request", "batch"):
+            raise SpecDecError(f"GoodputPlanner per={per!r}: give 'request' or 'batch'")
         self.post_draw = False
-        self._most = most
-        self._rates, self._costs = AcceptanceModel(), CostModel()
+        self._limits, self._width, self._profile = Limits(most, most_nodes, evenly=per == "batch"), width, profile
+        self._costs = CostModel()
+        self._arms: list[Arm] = []
+        self._traits: tuple[DrafterTraits, ...] = ()
         self._guards: dict[int, Guard] = {}
-        self._lengths: dict[int, int] = {}
-        self._plan: _Plan | None = None
         self._rounds: dict[int, int] = {}
-        self._planned, self._stays = 0, 0
+        self._lengths: dict[int, int] = {}
+        self._plan: Plan | None = None
+        self._asked: _Asked | None = None
+        self._stays, self._undrafted, self._choices = 0, 0, 0
+
+    def bind(self, target: nn.Module, drafter: Drafter) -> None:
+        """Make sure that the profile is of this pair; without one, read what `specdec tune` wrote for it here, if anything.
+
+        Of a profile from another machine only the acceptance is used, and a warning says so. Raises SpecDecError for one of
+        other models, and for a file that cannot be read.
+        """
+        if self._traits or hasattr(drafter, "traits"):
+            return
+        if self._profile is None:
+            path = default_path(target, drafter)
+            self._profile = read_profile(path) if path.is_file() else None
+            return
+        other = check_fits(self._profile, target, drafter)
+        if other:
+            logger.warning("%s", other)
+            self._profile = replace(self._profile, target_s={}, target_rounds={}, draft_s={}, draft_rounds={})
 
     def plan(self, load: Load) -> Budget:
         """The budget of the next round, from what is known before it."""
-        batch = len(load.requests)
-        self._notice_new_texts(load)
-        if self._is_plain(batch):
-            self._planned = 0
-            return self._budget(load, (0,) * batch)
-        if self._plan is None or self._plan.requests != load.requests or self._stays <= 0:
-            self._stays = min(1 + self._rounds[batch] // _SETTLES, _PLAN_STAYS)
-            self._plan = self._choose(load)
-        self._stays -= 1
-        self._planned = sum(self._plan.nodes)
-        if not self._planned:
-            self._guard(batch).pause()
-        return self._budget(load, self._plan.nodes)
+        self._notice(load)
+        why, plan = self._next(load)
+        nodes = tuple([max(0, min(count, room - 1)) for count, room in zip(plan.nodes, load.room, strict=True)])
+        self._asked = _Asked(why, plan, nodes, sum(load.lengths))
+        depth = tuple([max(min(own, room - 1), 1) for own, room in zip(plan.depth, load.room, strict=True)])
+        return Budget(
+            load.requests,
+            nodes,
+            depth,
+            (plan.width,) * len(nodes),
+            drafter=self._arms[plan.arm].name or None,
+            forecast=Forecast(why, plan.tokens, plan.seconds),
+        )
 
     def select(self, draft: Draft) -> Draft:
         """The draft as it came."""
@@ -124,57 +122,134 @@ class GoodputPlanner:
 
     def observe(self, stats: RoundStats) -> None:
         """Learn rates and times from a finished round, and whether speculation paid."""
-        batch, nodes = len(stats.requests), sum(stats.drafted)
+        asked = self._asked
+        assert asked is not None
+        batch, arm = len(stats.requests), self._arms[asked.plan.arm]
         target_s = stats.target_s + stats.verify_s + stats.other_s
-        self._rates.observe(stats.requests, stats.drafted, stats.accepted)
-        self._costs.observe(batch, nodes, max(stats.depth), stats.draft_s, target_s)
-        self._rounds[batch] = self._rounds.get(batch, 0) + 1
-        if self._costs.knows(batch):
-            plain_s = self._costs.plain(batch)
-            tokens = batch + sum(stats.accepted)
-            self._guard(batch).observe(self._planned > 0, tokens, stats.draft_s + target_s, plain_s, batch)
+        self._costs.observe(batch, sum(stats.drafted), asked.context, target_s)
+        self._rounds[bucket(batch)] = self._rounds.get(bucket(batch), 0) + 1
+        guard = self._guard(batch)
+        if not any(asked.nodes):
+            self._undrafted += 1
+            guard.observe_plain()
+            return
+        arm.observe(stats, asked.nodes)
+        if self._undrafted < _CATCHES_UP and any(stats.drafted):
+            depth = max(map(min, asked.nodes, asked.plan.depth))
+            self._costs.observe_draft(arm.name, arm.width, batch, depth, stats.draft_s)
+        self._undrafted = 0
+        for other in self._arms:
+            other.idle = 0 if other is arm else other.idle + 1
+        accepted, seconds = sum(stats.accepted), stats.draft_s + target_s
+        if guard.observe(batch + accepted, accepted, seconds, self._costs.plain(batch, asked.context), batch):
+            arm.rates.doubt()
+            self._stays = 0
 
-    def _notice_new_texts(self, load: Load) -> None:
+    def _notice(self, load: Load) -> None:
+        """Take in which drafters there are, and forget what was known of texts that have ended."""
+        traits = load.drafters or _ONLY
+        if traits != self._traits:
+            self._traits = traits
+            self._begin(traits)
         for request, length in zip(load.requests, load.lengths, strict=True):
             if length < self._lengths.get(request, 0):
-                self._rates.forget(request)
+                for arm in self._arms:
+                    arm.rates.forget(request)
             self._lengths[request] = length
 
+    def _begin(self, traits: tuple[DrafterTraits, ...]) -> None:
+        profile = self._profile
+        only = profile if len(traits) == 1 else None
+        self._arms = []
+        for drafter in traits:
+            rates = AcceptanceModel(only.expected if only else ())
+            for width in (1,) if drafter.shape == "chain" else sorted({1, min(2, self._width), self._width}):
+                self._arms.append(Arm(len(self._arms), drafter.name, width, rates))
+                if only is not None:
+                    self._costs.begin_draft_with(drafter.name, width, only.draft_s)
+        if profile is not None:
+            self._costs.begin_with(profile.target_s, profile.context)
+            self._profile = None
+
     def _guard(self, batch: int) -> Guard:
-        return self._guards.setdefault(batch, Guard())
+        return self._guards.setdefault(bucket(batch), Guard())
 
-    def _is_plain(self, batch: int) -> bool:
-        rounds = self._rounds.get(batch, 0)
-        return rounds < _FIRST_PLAIN or rounds % _PLAIN_EVERY == 0 or not self._guard(batch).speculates()
+    def _next(self, load: Load) -> tuple[str, Plan]:
+        """Why, and what."""
+        batch = len(load.requests)
+        rounds, guard = self._rounds.get(bucket(batch), 0), self._guard(batch)
+        if rounds < _FIRST_PLAIN or not self._costs.measured(batch, 0):
+            return "first", self._plain(load)
+        if guard.trying:
+            return "trial", self._arms[self._liveliest()].least(load, self._costs, _TRIAL_SHARE if batch >= _TRIAL_SHARE else 1)
+        if not guard.on or rounds % _PLAIN_EVERY == 0:
+            return "plain", self._plain(load)
+        return self._settled(load, rounds)
 
-    def _choose(self, load: Load) -> _Plan:
+    def _plain(self, load: Load) -> Plan:
+        nothing, batch, context = (0,) * len(load.requests), len(load.requests), sum(load.lengths)
+        seconds = self._costs.plain(batch, context) if self._costs.knows(batch) else float("inf")
+        return Plan(0, load.requests, nothing, nothing, 1, 0, batch, seconds)
+
+    def _settled(self, load: Load, rounds: int) -> tuple[str, Plan]:
+        """The plan that stays for some rounds; a new one when its time is over or the requests are others."""
+        if self._plan is None or self._plan.requests != load.requests or self._stays <= 0:
+            self._stays = min(1 + rounds // _SETTLES, _PLAN_STAYS)
+            self._plan = self._choose(load)
+        self._stays -= 1
+        if any(self._plan.nodes):
+            return "plan", self._plan
+        self._guard(len(load.requests)).pause(self._costs.plain(len(load.requests), sum(load.lengths)))
+        return "plain", self._plan
+
+    def _choose(self, load: Load) -> Plan:
         """The best plan, or an unmeasured one that could be better yet; the old one where it is nearly as good."""
-        batch, old = len(load.requests), self._plan
-        # At most twice as deep as what is measured: a guess is not trusted further.
-        deepest = min(2 * self._costs.deepest(batch) + 1, self._most)
-        rates = [
-            self._rates.rates(request, max(0, min(deepest, own - 1))) for request, own in zip(load.requests, load.room, strict=True)
-        ]
-        scores = [chain_scores(own) for own in rates]
-        plans = self._by_depth(load, scores, deepest, hoped=False)
+        plans = self._plans(load, self._arms, hoped=False)
         best = max(plans, key=lambda plan: plan.goodput)
-        hope = max(self._by_depth(load, scores, deepest, hoped=True), key=lambda plan: plan.goodput)
-        if hope.goodput > best.goodput * (1 + _HYSTERESIS) and not self._costs.measured(batch, sum(hope.nodes)):
+        hope = self._hope(load)
+        if hope is not None and hope.goodput > best.goodput * (1 + _HYSTERESIS):
             self._stays = 1
             return hope
+        tried = self._tried_again(load, best)
+        if tried is not None:
+            return tried
+        old = self._plan
         if old is not None and old.requests == load.requests:
-            again = next((plan for plan in plans if plan.nodes == old.nodes), None)
+            again = next((plan for plan in plans if plan.nodes == old.nodes and plan.arm == old.arm), None)
             if again is not None and again.goodput * (1 + _HYSTERESIS) > best.goodput:
                 return again
         return best
 
-    def _by_depth(self, load: Load, scores: list[list[float]], deepest: int, *, hoped: bool) -> list[_Plan]:
-        """The best plan for every limit of depth. hoped: an unmeasured size takes no longer than the largest measured below it."""
-        depths = range(1, deepest + 1)
-        seconds = self._costs.seconds(len(scores), sum(map(len, scores)), depths, hoped=hoped)
-        found = [allocate([row[:depth] for row in scores], own) for depth, own in zip(depths, seconds, strict=True)]
-        return [_Plan(load.requests, each.nodes, max(each.nodes), each.goodput) for each in found]
+    def _hope(self, load: Load) -> Plan | None:
+        """The unmeasured plan that could be the best of them; not looked for each time once much is measured."""
+        self._choices += 1
+        if self._choices > _SEARCHED and self._choices % _SEARCHES:
+            return None
+        plans = [plan for plan in self._plans(load, self._arms, hoped=True) if not self._is_measured(plan)]
+        return max(plans, key=lambda plan: plan.goodput, default=None)
 
-    def _budget(self, load: Load, nodes: tuple[int, ...]) -> Budget:
-        fitting = tuple([max(0, min(count, room - 1)) for count, room in zip(nodes, load.room, strict=True)])
-        return Budget(load.requests, fitting, tuple([max(count, 1) for count in fitting]), (1,) * len(fitting))
+    def _tried_again(self, load: Load, best: Plan) -> Plan | None:
+        """A plan of a drafter that was not used for long."""
+        stale = [arm for arm in self._arms if arm.stale and arm.place != best.arm]
+        if not stale:
+            return None
+        arm = max(stale, key=lambda each: each.idle)
+        arm.lost()
+        arm.rates.doubt()
+        self._stays = _TRIED
+        plans = self._plans(load, [arm], hoped=False)
+        found = max(plans, key=lambda plan: plan.goodput)
+        return found if any(found.nodes) else arm.least(load, self._costs, 1)
+
+    def _plans(self, load: Load, arms: list[Arm], *, hoped: bool) -> list[Plan]:
+        return [plan for arm in arms for plan in arm.plans(load, self._costs, self._limits, hoped=hoped)]
+
+    def _is_measured(self, plan: Plan) -> bool:
+        arm, batch = self._arms[plan.arm], len(plan.requests)
+        deep = self._costs.deepest(arm.name, arm.width, batch) >= max(plan.depth)
+        return deep and self._costs.measured(batch, plan.rows)
+
+    def _liveliest(self) -> int:
+        """The arm whose first guess is accepted most often; of equal ones the first."""
+        rates = [arm.offered * arm.rates.rates(-1, 1)[0][0] for arm in self._arms]
+        return rates.index(max(rates))

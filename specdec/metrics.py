@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from specdec.types import RoundStats
+from specdec.types import Forecast, RoundStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +55,17 @@ class RequestStats:
 
 @dataclass(frozen=True, slots=True)
 class SpeculationStats:
-    """One call. requests: in the order of the batch.  rounds: of the batch.  num_rows: packed rows in all rounds."""
+    """One call. requests: in the order of the batch.  rounds: of the batch.  num_rows: packed rows in all rounds.
+
+    history: every round, with what the planner chose and expected of it.
+    """
 
     requests: tuple[RequestStats, ...]
     rounds: int
     num_rows: int
     prefill_s: float
     forward_s: float
+    history: tuple[RoundStats, ...] = ()
 
     @property
     def drafted(self) -> int:
@@ -108,14 +113,35 @@ class SpeculationStats:
         """Seconds for everything else of a round."""
         return sum(r.other_s for r in self.requests)
 
+    @property
+    def reasons(self) -> dict[str, int]:
+        """How many rounds there were of each kind: plan, plain, trial, first; see `Forecast`. Empty without forecasts."""
+        return dict(Counter(stats.forecast.why for stats in self.history if stats.forecast is not None))
+
+    def forecast_errors(self, window: int = 100) -> tuple[float, ...]:
+        """Expected over realised goodput, less 1, of so many rounds each; rounds before the first measurements are left out."""
+        known = [(s, s.forecast) for s in self.history if s.forecast is not None and s.forecast.seconds < float("inf")]
+        parts = [known[i : i + window] for i in range(0, len(known) - window + 1, window)]
+        return tuple(_expected(part) / _realised([stats for stats, _ in part]) - 1 for part in parts)
+
     def summary(self) -> str:
         """One line for people."""
+        kinds = "".join(f", {count} {why}" for why, count in self.reasons.items())
         return (
             f"{self.emitted} tokens in {self.rounds} rounds, {self.mean_acceptance_length:.2f} a round, "
             f"{self.accepted} of {self.drafted} drafted accepted ({self.acceptance_rate:.0%}); "
             f"draft {self.draft_s:.3f} s, target {self.target_s:.3f} s, verify {self.verify_s:.3f} s, "
-            f"other {self.other_s:.3f} s, prefill {self.prefill_s:.3f} s"
+            f"other {self.other_s:.3f} s, prefill {self.prefill_s:.3f} s" + (f"; rounds: {kinds[2:]}" if kinds else "")
         )
+
+
+def _expected(part: Sequence[tuple[RoundStats, Forecast]]) -> float:
+    return sum(forecast.tokens for _, forecast in part) / sum(forecast.seconds for _, forecast in part)
+
+
+def _realised(part: Sequence[RoundStats]) -> float:
+    tokens = sum(len(stats.requests) + sum(stats.accepted) for stats in part)
+    return tokens / sum(stats.draft_s + stats.target_s + stats.verify_s + stats.other_s for stats in part)
 
 
 @dataclass(slots=True)
@@ -181,4 +207,5 @@ class StatsCollector:
             num_rows=sum(stats.num_rows for stats, _ in self._rounds),
             prefill_s=self.prefill_s,
             forward_s=sum(stats.forward_s for stats, _ in self._rounds),
+            history=tuple(stats for stats, _ in self._rounds),
         )

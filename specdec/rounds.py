@@ -68,7 +68,7 @@ class CapturedRounds:
         accepted = accept_path(buffers.tokens, buffers.parents, num_nodes, chosen)
         for group in groups:
             kv_compact(group, lengths, accepted.path, accepted.num_accepted)
-        verdict = verdict_rows(Verdict(accepted.num_accepted, accepted.next_token, accepted.path), buffers.tokens)
+        verdict = verdict_rows(Verdict(accepted.num_accepted, accepted.next_token, accepted.path), buffers.tokens, buffers.parents)
         return verdict, *(tap[tree.place] for tap in taps)
 
 

@@ -6,7 +6,7 @@ on a chain, R packed rows, H hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -39,18 +39,40 @@ class TokenTree:
 
 
 @dataclass(frozen=True, slots=True)
+class SlotStats:
+    """What a drafter knew of each drafted token. All [B, K] fp32 on the device; K drafted nodes in order, root excluded.
+
+    largest: largest probability of q, the law that the token was drawn from.  entropy: of q, in nats. Both were known before the
+    draw.  drawn: the drawn token's own probability under q. That is post-draw: who drops tokens for it marks the draft so.
+    Behind a request's own nodes the values mean nothing.
+    """
+
+    largest: Tensor
+    entropy: Tensor
+    drawn: Tensor
+
+
+# On the host, of one drafted token: largest, entropy, drawn.
+Slot = tuple[float, float, float]
+# (depth, from 0; largest probability and entropy of each request's q) to whether each request stops before that draw.
+Stop = Callable[[int, Sequence[float], Sequence[float]], Sequence[bool]]
+
+
+@dataclass(frozen=True, slots=True)
 class Draft:
     """A tree and the law of the draw.
 
     q: [B, N, V] or None; row n is the law that the children of node n were drawn from, after the same
     logits processing as the target and in the dtype that was drawn from. None for DETERMINISTIC and COUPLED.
     post_draw: tokens were dropped on account of what was drawn; only rules that ignore q accept that.
+    slots: where the budget asked for them and the drafter has them.
     """
 
     tree: TokenTree
     law: Law
     q: Tensor | None = None
     post_draw: bool = False
+    slots: SlotStats | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,15 +117,34 @@ class Committed:
 
 
 @dataclass(frozen=True, slots=True)
+class DrafterTraits:
+    """What a planner knows of a drafter. name: what `Budget.drafter` calls it.  shape: "chain" or "tree"."""
+
+    name: str
+    shape: str
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     """What a planner may look at before a round. requests: active slots.  lengths: committed tokens of each.
 
     room: how many tokens each request may still emit, so that a draft never runs past the end.
+    drafters: those that can be chosen, the only one among them.
     """
 
     requests: tuple[int, ...]
     lengths: tuple[int, ...]
     room: tuple[int, ...]
+    drafters: tuple[DrafterTraits, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a planner expected of a round, before it. why: plain, first, trial, plan, hope.  tokens: of all requests."""
+
+    why: str
+    tokens: float
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +153,8 @@ class Budget:
 
     nodes: most drafted nodes (root excluded).  depth: longest path.  width: most children of a node and
     most nodes a level expands.  drafter: which drafter, None for the only one.  stop: asked before a draw
-    with what is known by then, never after it; None never stops.
+    with what is known by then, never after it; None never stops. A request that stopped drafts no further in this round; the
+    chain ends when all have. Trees do not ask.  slots: whether the draft is to carry its `SlotStats`.  forecast: for the stats.
     """
 
     requests: tuple[int, ...]
@@ -120,16 +162,21 @@ class Budget:
     depth: tuple[int, ...]
     width: tuple[int, ...]
     drafter: str | None = None
-    stop: Callable[[float], bool] | None = None
+    stop: Stop | None = None
+    forecast: Forecast | None = None
+    slots: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class RoundStats:
     """What a round did. drafted and accepted: tokens per request.  depth: levels that each request's draft had room for.
 
-    Times in seconds.
+    drafter: the one that drafted, None where there is only one.  forecast: what the planner expected.  paths: accepted nodes.
+    parents: of each request's nodes, the root left out; None for chains.
+    slots: of each request's drafted tokens, where the budget asked for them.
 
-    draft_s: proposing, the draft model's forwards included.  forward_s: inside the models' forwards, target and draft.
+    Times in seconds. draft_s: proposing, the draft model's forwards included.  forward_s: inside the models' forwards, target and
+    draft.
     """
 
     requests: tuple[int, ...]
@@ -142,3 +189,27 @@ class RoundStats:
     verify_s: float
     other_s: float
     forward_s: float = 0.0
+    drafter: str | None = None
+    forecast: Forecast | None = None
+    paths: tuple[tuple[int, ...], ...] = ()
+    parents: tuple[tuple[int, ...], ...] | None = None
+    slots: tuple[tuple[Slot, ...], ...] | None = None
+
+    @property
+    def levels(self) -> tuple[tuple[tuple[int, int], ...], ...] | None:
+        """Of each request's tree, (children, rank of the accepted one or -1) at each node of its path that has children.
+
+        None for chains, where `drafted` and `accepted` say as much.
+        """
+        if self.parents is None:
+            return None
+        return tuple(map(_levels, self.parents, self.paths))
+
+
+def _levels(parents: tuple[int, ...], path: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    found = []
+    for node, kept in zip((0, *path), (*path, -1), strict=True):
+        children = [child for child, parent in enumerate(parents, 1) if parent == node]
+        if children:
+            found.append((len(children), children.index(kept) if kept >= 0 else -1))
+    return tuple(found)

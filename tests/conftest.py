@@ -17,6 +17,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True)
+def no_profiles(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What this machine's user has tuned is not seen."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "no-profiles"))
+
+
+@pytest.fixture(autouse=True)
 def seed() -> int:
     """The seed that torch's default generator is set to before each test."""
     torch.manual_seed(0)

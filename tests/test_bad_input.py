@@ -19,7 +19,7 @@ INPUTS = left_padded(prompts((6, 3)))
 
 def test_nan_logits_are_told_and_the_next_call_works() -> None:
     model = tiny_model()
-    generator = SpeculativeGenerator(model, DraftModelDrafter(noised(model, 0.1)))
+    generator = SpeculativeGenerator(model, DraftModelDrafter(noised(model, 0.1)), planner=2)
     expected = generator.generate(**INPUTS, max_new_tokens=8, do_sample=False)
     weight = model.lm_head.weight  # type: ignore[union-attr]
     good = weight.detach().clone()
@@ -73,7 +73,7 @@ def test_sampled_text_follows_the_target(verifier: str) -> None:
     text = prompts((9,))[0]
     options = {"do_sample": True, "temperature": 1.5, "top_k": 3, "max_new_tokens": 2}
     torch.manual_seed(0)
-    generator = SpeculativeGenerator(model, DraftModelDrafter(noised(model, 0.15)), verifier=verifier)
+    generator = SpeculativeGenerator(model, DraftModelDrafter(noised(model, 0.15)), verifier=verifier, planner=2)
     out = generator.generate(torch.tensor([text]), num_return_sequences=3000, **options)[:, len(text) :]
     cells = {}
     with torch.no_grad():

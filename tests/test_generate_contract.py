@@ -86,7 +86,7 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def generator(model: Any) -> SpeculativeGenerator:
-    return SpeculativeGenerator(model, noised(model, 0.1))
+    return SpeculativeGenerator(model, noised(model, 0.1), planner=2)
 
 
 def _both(generator: SpeculativeGenerator, **options: Any) -> tuple[Any, Any]:
@@ -192,7 +192,7 @@ def test_a_stateful_processor_decodes_in_lock_step_with_one_warning(generator: S
 
 def test_seeds(model: Any) -> None:
     options = {**INPUTS, "max_new_tokens": NEW, "do_sample": True}
-    generator = SpeculativeGenerator(model, noised(model, 0.1))
+    generator = SpeculativeGenerator(model, noised(model, 0.1), planner=2)
     assert torch.equal(generator.generate(**options, seed=3), generator.generate(**options, seed=3))
     assert not torch.equal(generator.generate(**options, seed=3), generator.generate(**options, seed=4))
     assert torch.equal(
@@ -289,7 +289,7 @@ def test_stop_strings_cut_inside_a_block(model: Any, generator: SpeculativeGener
     else:
         own = copy.deepcopy(model)
         own.generation_config.stop_strings = strings
-        other = SpeculativeGenerator(own, model, tokenizer=tokenizer)
+        other = SpeculativeGenerator(own, model, tokenizer=tokenizer, planner=2)
         mine = other.generate(**INPUTS, pad_token_id=0, eos_token_id=2, max_new_tokens=NEW, do_sample=False)
     assert torch.equal(mine, theirs)
 

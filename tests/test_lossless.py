@@ -108,7 +108,7 @@ def test_coupled_sampling_does_not_depend_on_the_drafter(family: str, shape: str
 def test_scores_equal_a_teacher_forced_forward(family: str) -> None:
     model = tiny_model(family)
     text = prompts((9,))[0]
-    generator = SpeculativeGenerator(model, DraftModelDrafter(noised(model, 0.1)))
+    generator = SpeculativeGenerator(model, DraftModelDrafter(noised(model, 0.1)), planner=2)
     out = generator.generate(
         input_ids=torch.tensor([text]), max_new_tokens=NEW, do_sample=False, output_scores=True, return_dict_in_generate=True
     )

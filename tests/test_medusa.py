@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -243,15 +243,15 @@ def test_processors_see_the_tokens_drawn_before() -> None:
 
 def test_a_rule_may_stop_a_chain_before_a_place_is_drawn() -> None:
     drafter = _begun(MedusaDrafter(_heads()), prompts((9,)), setup_of())
-    asked: list[float] = []
+    asked: list[int] = []
 
-    def stop(surest: float) -> bool:
-        asked.append(surest)
-        return len(asked) == 2
+    def stop(depth: int, confidence: Sequence[float], entropy: Sequence[float]) -> list[bool]:
+        asked.append(depth)
+        return [len(asked) == 2]
 
     assert drafter.propose(Budget((0,), (K,), (K,), (1,), stop=stop)).tree.num_nodes == (2,)
-    assert len(asked) == 2
-    assert drafter.propose(Budget((0,), (K,), (K,), (1,), stop=lambda surest: True)).tree.num_nodes == (1,)
+    assert asked == [0, 1]
+    assert drafter.propose(Budget((0,), (K,), (K,), (1,), stop=lambda *known: [True])).tree.num_nodes == (1,)
 
 
 SHAPES: dict[str, tuple[dict[str, Any], FixedPlanner]] = {

@@ -190,7 +190,7 @@ def test_joint_heads_wait_for_no_one_but_adapters_for_heads(data: Path, tmp_path
     assert not any(value.any() for value in adapters[1].values()), "they begin at zero and wait for two steps"
     assert any(value.any() for value in adapters[2].values())
     target = load_lm(str(report.folder / "target"), device=torch.device("cpu"))
-    generator = SpeculativeGenerator(target, report.folder)
+    generator = SpeculativeGenerator(target, report.folder, planner=2)
     assert generator.generate(torch.tensor([[2, 300, 3]]), max_new_tokens=6, do_sample=False).shape[1] > 3
 
 

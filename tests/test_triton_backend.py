@@ -98,7 +98,7 @@ def test_whole_rounds_leave_the_cache_as_single_steps_do(family: str) -> None:
     for sizes in ((9, 3), (1, 5), (9, 3), (1, 1)):
         tree = _tree(steps, sizes, generator)
         verdict = Greedy().verify(Draft(tree, Law.DETERMINISTIC), steps.score(tree), _NO_CHOICE)
-        rows = verdict_rows(verdict, tree.tokens).tolist()
+        rows = verdict_rows(verdict, tree.tokens, tree.parents).tolist()
         whole = replays.whole_round(tree)
         assert whole is not None
         ours, theirs = committed_of(whole.verdict, (0, 1), {}), committed_of(rows, (0, 1), {}, is_chain=verdict.path is None)

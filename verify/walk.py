@@ -40,15 +40,16 @@ def _accept(tree: TokenTree, match: Tensor, chosen: Tensor) -> Verdict:
     return _on_chain(match, chosen) if tree.is_chain else _on_tree(tree, match, chosen)
 
 
-def verdict_rows(verdict: Verdict, tokens: Tensor) -> Tensor:
-    """[B, 2 + (N - 1) or 2 (N - 1)] int64, what a round reads back: number accepted, next token, the path's tokens, then its nodes.
+def verdict_rows(verdict: Verdict, tokens: Tensor, parents: Tensor) -> Tensor:
+    """[B, 2 + (N - 1) or 3 (N - 1)] int64, what a round reads back: number accepted, next token, the path's tokens, then its nodes,
+    then all nodes' parents.
 
-    tokens: [B, N] of the tree. A chain's nodes are left out: they are 1, 2, ... number accepted.
+    tokens, parents: [B, N] of the tree. A chain's nodes and parents are left out: they are 1, 2, ... number accepted.
     """
     heads = verdict.num_accepted[:, None], verdict.next_token[:, None]
     if verdict.path is None:
         return torch.cat((*heads, tokens[:, 1:]), 1)
-    return torch.cat((*heads, tokens.gather(1, verdict.path), verdict.path), 1)
+    return torch.cat((*heads, tokens.gather(1, verdict.path), verdict.path, parents[:, 1:]), 1)
 
 
 def _live(tree: TokenTree) -> Tensor | None:

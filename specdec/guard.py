@@ -1,0 +1,84 @@
+"""Whether speculation pays: judged by finished rounds, off where it does not, tried again at growing distances."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+# Rounds that speculation is judged by; how many there have to be; deviations that pass for bad luck.
+_WINDOW, _ENOUGH, _LUCK = 32, 8, 1.5
+# Rounds of a trial that nothing was accepted in.
+TRIAL = 2
+# Plain rounds until the next trial: at first, doubled each time; at most; and so many that trials cost this share of the time.
+_FIRST_WAIT, _LONGEST_WAIT, _TRIALS_COST = 16, 512, 0.015
+# Rounds that speculation has to be on for before going off counts as new.
+_SETTLED = 64
+
+
+@dataclass(slots=True)
+class Guard:
+    """For one batch size. on: speculation is not known not to pay.  left: plain rounds before the next trial, while off."""
+
+    on: bool = True
+    left: int = 0
+    _wait: int = _FIRST_WAIT // 2
+    _rounds: int = 0
+    _tried: int = 0
+    _lost_s: float = 0.0
+    _window: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_WINDOW))
+
+    @property
+    def trying(self) -> bool:
+        """Whether the next round is a trial."""
+        return not self.on and self.left <= 0
+
+    def observe_plain(self) -> None:
+        """A round without speculation is over."""
+        self.left -= not self.on
+
+    def observe(self, tokens: int, accepted: int, seconds: float, plain_s: float, batch: int) -> bool:
+        """A round with speculation is over. plain_s: of a plain round. Returns whether a trial has just gone well."""
+        self._lost_s += seconds - plain_s * tokens / batch
+        if self.on:
+            self._judge(tokens, seconds, batch / plain_s)
+            if not self.on:
+                self._wait_for(plain_s)
+            return False
+        self._tried += 1
+        # One token in six is less than what any draft needs to pay.
+        if 6 * accepted >= batch:
+            self.on, self._rounds = True, 0
+            self._window.clear()
+            return True
+        if self._tried >= TRIAL:
+            self._wait_for(plain_s)
+        return False
+
+    def pause(self, plain_s: float) -> None:
+        """The planner itself found nothing that pays."""
+        self.on = False
+        self._wait_for(plain_s)
+
+    def _judge(self, tokens: int, seconds: float, plain: float) -> None:
+        """plain: tokens a second without speculation."""
+        self._rounds += 1
+        self._window.append((tokens, seconds))
+        rounds = len(self._window)
+        if rounds < _ENOUGH:
+            return
+        total = sum([count for count, _ in self._window])
+        typical = sorted([own for _, own in self._window])[rounds // 2]
+        # What else the machine did in a round says nothing of speculation.
+        spent = sum([min(own, 2 * typical) for _, own in self._window])
+        # Luck is no reason to stop: what a lucky window of the same rounds could have given has to be too little as well.
+        spread = sum([(count - total / rounds) ** 2 for count, _ in self._window])
+        self.on = (total + _LUCK * spread**0.5) / spent >= plain
+
+    def _wait_for(self, plain_s: float) -> None:
+        """Off for twice as many rounds as last time, and for enough to make up for what trying it cost."""
+        if self._rounds >= _SETTLED:
+            self._wait = _FIRST_WAIT // 2
+        paid_back = max(self._lost_s, 0.0) / (_TRIALS_COST * plain_s)
+        self._wait = int(min(max(2 * self._wait, _FIRST_WAIT), max(paid_back, _FIRST_WAIT), _LONGEST_WAIT))
+        self.left, self._tried, self._rounds, self._lost_s = self._wait, 0, 0, 0.0
+        self._window.clear()

@@ -1,0 +1,112 @@
+"""What the planner learns of times and of acceptance."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from specdec.acceptance import AcceptanceModel
+from specdec.costs import ContextSlope, CostModel, Curve, bucket
+from specdec.types import RoundStats
+
+
+def _stats(requests: tuple[int, ...], drafted: tuple[int, ...], accepted: tuple[int, ...], **more: object) -> RoundStats:
+    return RoundStats(requests, drafted, accepted, drafted, 1, 0.0, 0.0, 0.0, 0.0, **more)  # type: ignore[arg-type]
+
+
+def test_a_machine_that_slows_down_is_followed() -> None:
+    costs = CostModel()
+    for nodes in (0, 2, 4):
+        for _ in range(9):
+            costs.observe(1, nodes, 100, 1.0 + 0.1 * nodes)
+            costs.observe_draft("", 1, 1, nodes, 0.1 * nodes)
+    for _ in range(60):
+        costs.observe(1, 0, 100, 2.0)
+    assert costs.plain(1, 100) == pytest.approx(2.0, rel=0.1)
+    assert costs.target(1, 4, 100)[4] > 2.0
+    assert costs.draft("", 1, 1, 4) > 0.5
+
+
+def test_times_between_and_beyond_measurements_do_not_fall() -> None:
+    curve = Curve({0: 1.0, 4: 0.9, 8: 2.0})
+    assert [curve.at(size) for size in (0, 2, 4, 6, 8, 12)] == pytest.approx([1.0, 1.0, 1.0, 1.5, 2.0, 3.0])
+    assert [curve.hoped(size) for size in (0, 2, 4, 6, 8, 12)] == [1.0, 1.0, 1.0, 1.0, 2.0, 2.0]
+    assert curve.near(8)
+    assert not curve.near(6)
+
+
+def test_one_slow_round_changes_nothing() -> None:
+    curve = Curve()
+    for seconds in (1.0, 1.0, 50.0, 1.0, 1.0):
+        curve.add(3, seconds)
+    assert curve.at(3) == 1.0
+
+
+def test_nearly_equal_batches_share_and_others_begin_from_the_nearest() -> None:
+    assert [bucket(size) for size in (1, 4, 5, 6, 13, 16, 17, 300)] == [1, 4, 6, 6, 16, 16, 24, 384]
+    costs = CostModel()
+    costs.observe(16, 0, 0, 3.0)
+    assert costs.measured(15, 0)
+    assert not costs.measured(8, 0)
+    assert costs.target(8, 0, 0) == [3.0]
+
+
+def test_time_grows_with_context_where_it_was_seen_to() -> None:
+    slope, rng = ContextSlope(), random.Random(0)
+    assert slope.seconds == 0.0
+    for step in range(2000):
+        slope.observe(1, step, 1.0 + 1e-3 * step + rng.gauss(0, 0.01))
+    assert slope.seconds == pytest.approx(1e-3, rel=0.2)
+    flat = ContextSlope(5e-4)
+    assert flat.seconds == 5e-4
+    for step in range(2000):
+        flat.observe(1, step, 1.0)
+    assert flat.seconds < 1e-4
+
+
+def test_rates_are_shared_until_a_request_has_its_own() -> None:
+    model = AcceptanceModel()
+    for _ in range(100):
+        model.observe(_stats((0, 1), (4, 4), (4, 0)), (4, 4))
+    assert model.rates(0, 4)[0][0] > 0.9 > 0.2 > model.rates(1, 4)[0][0]
+    assert 0.3 < model.rates(2, 1)[0][0] < 0.7
+    model.forget(0)
+    assert model.rates(0, 4) == model.rates(2, 4)
+
+
+def test_a_draft_shorter_than_asked_counts_as_refused_behind_its_end() -> None:
+    model = AcceptanceModel()
+    for _ in range(100):
+        model.observe(_stats((0,), (2,), (2,)), (4,))
+    assert model.rates(0, 3)[1][0] > 0.9 > 0.1 > model.rates(0, 3)[2][0]
+
+
+def test_ranks_of_trees_are_learned_apart() -> None:
+    model, parents = AcceptanceModel(), ((0, 0, 1, 1),)
+    for turn in range(200):
+        path = ((1, 4), (2,), (1, 3), ())[turn % 4]
+        model.observe(_stats((0,), (4,), (len(path),), paths=(path,), parents=parents), (4,))
+    rates = model.rates(0, 2, 2)
+    assert rates[0] == pytest.approx([0.5, 0.25], abs=0.08)
+    assert rates[1] == pytest.approx([0.5, 0.5], abs=0.08)
+    assert all(sum(row) <= 1 + 1e-9 for row in rates)
+
+
+def test_a_profile_is_the_first_guess_and_gives_way() -> None:
+    model = AcceptanceModel([[0.9, 0.05], [0.4, 0.3]])
+    assert model.rates(0, 3, 2)[1] == pytest.approx([0.4, 0.3])
+    for _ in range(100):
+        model.observe(_stats((0,), (1,), (0,)), (1,))
+    assert model.rates(0, 1)[0][0] < 0.1
+
+
+def test_doubt_lets_new_rounds_count() -> None:
+    model = AcceptanceModel()
+    for _ in range(100):
+        model.observe(_stats((0,), (1,), (0,)), (1,))
+    model.forget(0)
+    model.doubt()
+    for _ in range(4):
+        model.observe(_stats((1,), (1,), (1,)), (1,))
+    assert model.rates(1, 1)[0][0] > 0.6
