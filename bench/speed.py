@@ -37,6 +37,8 @@ HF, PLAIN = "transformers generate", "plain"
 # Plain decoding without what makes it say the same as speculative decoding in half precision; see docs/numerics.md.
 FREE = "plain, rows not invariant"
 ASSISTED = "transformers assisted "
+# With the default planner, which goes on learning from prompt to prompt.
+PLANNED = "planned"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,12 @@ def load_prompts(
         name = line.get("group") or (line["src"].split("/")[0] if "src" in line or path is None else path.stem)
         prompts.append(Prompt(name, tuple(ids)))
     return _spread([p for p in prompts if group in (None, p.group)], limit), skipped
+
+
+def _of_each_group(prompts: list[Prompt], limit: int | None) -> list[Prompt]:
+    """At most `limit` prompts of each group, evenly from it."""
+    groups = dict.fromkeys(prompt.group for prompt in prompts)
+    return [prompt for name in groups for prompt in _spread([p for p in prompts if p.group == name], limit)]
 
 
 def _spread(prompts: list[Prompt], limit: int | None) -> list[Prompt]:
@@ -114,12 +122,15 @@ def methods(target: Any, draft: Any, new: int, plans: list[int]) -> dict[str, Me
     for count in plans:
         planner = FixedPlanner(nodes=count, depth=count)
         chosen[f"draft model {count}"] = _ours(SpeculativeGenerator(target, DraftModelDrafter(draft), planner=planner), new)
+    chosen[f"draft model, {PLANNED}"] = _ours(SpeculativeGenerator(target, DraftModelDrafter(draft)), new)
     for name, role in (("Medusa", "medusa"), ("PARD", "pard")):
         for count in plans:
             planner = FixedPlanner(nodes=count, depth=count)
             chosen[f"{name} {count}"] = _ours(SpeculativeGenerator(target, bundled_path(role), planner=planner), new)  # type: ignore[arg-type]
+        chosen[f"{name}, {PLANNED}"] = _ours(SpeculativeGenerator(target, bundled_path(role)), new)  # type: ignore[arg-type]
     for name in ("prompt-lookup", "suffix"):
         chosen[name] = _ours(SpeculativeGenerator(target, name, planner=FixedPlanner(nodes=2, depth=2, width=2)), new)
+    chosen[f"suffix, {PLANNED}"] = _ours(SpeculativeGenerator(target, "suffix"), new)
     return chosen
 
 
@@ -225,6 +236,7 @@ def _show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
 def main(
     prompts: Annotated[list[Path] | None, typer.Option(help="JSONL of prompts, once or several times; default: built-in")] = None,
     limit: Annotated[int | None, typer.Option(help="most prompts of a file, evenly from it")] = None,
+    per_group: Annotated[int | None, typer.Option(help="most prompts of a group, evenly from it")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="tokens to make for each prompt")] = 128,
     group: Annotated[str | None, typer.Option(help="only prompts of this group")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="runs of each method on each prompt; the median counts")] = 3,
@@ -242,7 +254,8 @@ def main(
     tokenizer = AutoTokenizer.from_pretrained(bundled_path("target"))
     paths: list[Path | None] = list(prompts or []) or [None]
     found = [load_prompts(path, tokenizer, limit, longest, group) for path in paths]
-    chosen_prompts, skipped = [prompt for own, _ in found for prompt in own], sum(count for _, count in found)
+    chosen_prompts = _of_each_group([prompt for own, _ in found for prompt in own], per_group)
+    skipped = sum(count for _, count in found)
     store = output.with_suffix(".samples.jsonl") if output else None
     chosen = methods(target, draft, max_new_tokens, [int(p) for p in plans.split(",")])
     samples = medians(_measure(chosen_prompts, chosen, repeats, store, console))
