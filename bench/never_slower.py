@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from specdec import FixedPlanner, GoodputPlanner, SpeculativeGenerator, bundled_path
 from specdec.bench.opponents import KINDS, Watched, opponent
-from specdec.bench.replay import LENGTHS, Recording, Times, fixed, replay
+from specdec.bench.replay import LENGTHS, Recording, Times, played
 from specdec.bench.speed import Prompt, load_prompts, machine
 from specdec.bench.timing import ratio_interval, timed
 from specdec.types import Budget, Draft, Load, RoundStats
@@ -236,18 +236,11 @@ def _agreed(tokens: list[int], start: int, drafts: dict[int, list[int]]) -> str:
 def replayed(
     recording: Annotated[Path, typer.Argument(help="what `record` wrote")],
     output: Annotated[Path | None, typer.Option(help="JSON to write")] = None,
-    turns: Annotated[int, typer.Option(help="times that each text is met")] = 1,
+    rounds: Annotated[int, typer.Option(help="plain rounds that a cell lasts for, at least")] = 1024,
 ) -> None:
-    """Play the grid without noise."""
-    known, rows, console = Recording.read(recording), {}, Console()
-    for batch, key in product(BATCHES, known.texts):
-        ours, lengths = replay(known, key, batch, GoodputPlanner(), turns), fixed(known, key, batch, turns)
-        best = max(lengths, key=lambda length: lengths[length])
-        rows[f"{batch}/{key}"] = {
-            "vs_plain": ours.goodput / lengths[0],
-            "best_fixed": best,
-            "vs_best_fixed": ours.goodput / lengths[best],
-        }
+    """Play the grid without noise, a fresh planner for each cell."""
+    known, console = Recording.read(recording), Console()
+    rows = {f"{batch}/{key}": played(known, key, batch, rounds) for batch, key in product(BATCHES, known.texts)}
     table = Table("cell", "over plain decoding", "best fixed length", "over that")
     for name, row in rows.items():
         table.add_row(name, f"{row['vs_plain']:.3f}", str(row["best_fixed"]), f"{row['vs_best_fixed']:.3f}")

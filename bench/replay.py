@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from specdec import GoodputPlanner
 from specdec.planner import FixedPlanner, Planner
 from specdec.types import DrafterTraits, Load, RoundStats
 
@@ -130,3 +131,12 @@ def fixed(recording: Recording, key: str, batch: int, turns: int = 1) -> dict[in
     """Goodput of every fixed length, 0 for plain decoding."""
     planners = {length: FixedPlanner(nodes=length, depth=max(length, 1)) for length in LENGTHS}
     return {length: replay(recording, key, batch, planner, turns).goodput for length, planner in planners.items()}
+
+
+def played(recording: Recording, key: str, batch: int, rounds: int) -> dict[str, float]:
+    """A cell: a fresh goodput planner over plain decoding and over the best fixed length. rounds: plain ones, at least."""
+    texts = recording.texts[key]
+    turns = -(-rounds // (sum(map(len, texts)) // batch))
+    ours, lengths = replay(recording, key, batch, GoodputPlanner(), turns), fixed(recording, key, batch)
+    best = max(lengths, key=lambda length: lengths[length])
+    return {"vs_plain": ours.goodput / lengths[0], "best_fixed": best, "vs_best_fixed": ours.goodput / lengths[best]}

@@ -12,6 +12,8 @@ _OWN, _SHARED = 0.93, 0.96
 _PRIOR, _FIRST_WEIGHT = 2.0, 2.0
 # Of the likeliest guess; a further one has a share of what those before it left.
 _FIRST_GUESS, _NEXT_SHARE = 0.7, 0.4
+# Of a depth that was never reached, over the one before it.
+_DEEPER = 0.9
 # What is left of the shared counts when a trial went against them.
 _DOUBT = 0.1
 # Weights grow instead of counts shrinking; beyond this they are brought back.
@@ -67,6 +69,10 @@ class _Counts:
             if rank >= 0:
                 self._accepted[depth][rank] += self._weight
 
+    def reached(self, depth: int) -> float:
+        """Discounted observations of the first rank."""
+        return self._reached[depth][0] / self._weight if depth < len(self._reached) else 0.0
+
     def rate(self, depth: int, rank: int, guess: float, weight: float) -> float:
         """Of this depth and rank, with a guess that counts for `weight` observations; one never reached is the guess."""
         if depth >= len(self._reached) or rank >= len(self._reached[depth]):
@@ -98,7 +104,7 @@ class AcceptanceModel:
     def observe(self, stats: RoundStats, planned: Sequence[int]) -> None:
         """Learn from a round in which something was asked for; requests that drafted nothing are forgotten a little, too.
 
-        planned: nodes asked for, by request.
+        planned: depth asked for, by request.
         """
         self._shared.fade(_SHARED)
         for counts in self._own.values():
@@ -116,7 +122,7 @@ class AcceptanceModel:
     def rates(self, request: int, depth: int, width: int = 1) -> list[list[float]]:
         """[depth][width]: the probability that this guess is the accepted one, given that its parent was accepted.
 
-        A new depth is as the one before. The rows sum to 1 at most.
+        A new depth is a little less likely than the one before. The rows sum to 1 at most.
         """
         return self.of(request, self.shared(depth, width))
 
@@ -128,6 +134,10 @@ class AcceptanceModel:
             found.append(_at_most_one(row))
         return found
 
+    def reached(self, depth: int) -> float:
+        """How many observations there are of this depth, from 1, recent ones counting most."""
+        return self._shared.reached(depth - 1)
+
     def of(self, request: int, shared: Sequence[list[float]]) -> list[list[float]]:
         """As `rates`, from what `shared` gave."""
         own = self._own.get(request)
@@ -138,7 +148,7 @@ class AcceptanceModel:
         ]
 
     def _guesses(self, level: int, width: int, before: list[float]) -> list[float]:
-        known = list(self._known[level][:width]) if level < len(self._known) else before
+        known = list(self._known[level][:width]) if level < len(self._known) else [_DEEPER * rate for rate in before]
         for rank in range(len(known), width):
             known = [*known, _FIRST_GUESS if not rank else _NEXT_SHARE * max(1 - sum(known), 0.0)]
         return known

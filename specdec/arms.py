@@ -69,8 +69,8 @@ class Arm:
         self.idle, self.wait = 0, min(2 * self.wait, _LONGEST_WAIT)
 
     def observe(self, stats: RoundStats, planned: Sequence[int]) -> None:
-        """A round that it drafted in is over. planned: nodes asked of it, by request."""
-        asked = sum([nodes > 0 for nodes in planned])
+        """A round that it drafted in is over. planned: depth asked of it, by request."""
+        asked = sum([depth > 0 for depth in planned])
         drafted = sum([nodes > 0 for nodes in stats.drafted])
         self.offered += _FOLLOW * (drafted / asked - self.offered)
         self.rates.observe(stats, planned)

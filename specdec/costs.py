@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
-from collections import deque
+from bisect import bisect_left
 from collections.abc import Mapping
 from itertools import accumulate
 
-# Samples that a measured size keeps; their median is robust against what else the machine does, and against first runs.
-_KEPT = 9
-# How fast the pace follows: the weight of a new round.
-_FOLLOW = 0.15
-# What a single round may say of the pace: not more than twice as fast or slow.
-_MOST = 2.0
+# Samples that a size begins with: their median is where it starts. Until there are so many the least counts, since the first runs
+# of a size also prepare it; until there are so many as the second number it is not known.
+_FIRST, _KNOWN = 5, 3
+# Seconds below which nothing is told apart.
+_SHORTEST = 1e-7
+# Rounds without a sample after which a size is not known any more, and begins anew.
+_STALE = 384
+# How fast a size, and the pace of all sizes, follow what a round took against what was expected of it; and how much longer or
+# shorter a round may be taken to be, so that a single one says little. Pace and size move in proportion: what a size shows of
+# itself cannot wander off into the pace.
+_SIZE_FOLLOWS, _PACE_FOLLOWS, _MOST = 0.03, 0.1, 1.5
 # Growth for each row or step of the first size measured, while nothing else is known.
 _GUESSED_GROWTH = 0.05
 # Sizes that lie so near to a measured one count as measured.
@@ -25,27 +29,39 @@ _CONTEXT_STAYS, _MEANS_FOLLOW, _SURE = 0.99, 0.02, 50.0
 
 
 class Curve:
-    """Seconds by size; non-negative, and not falling with size."""
+    """Seconds by size: as measured where that was, and not falling with size between and beyond measured ones."""
 
     def __init__(self, known: Mapping[int, float] | None = None) -> None:
-        """known: seconds by size that count as one measurement each."""
-        self._samples: dict[int, deque[float]] = {}
-        self._medians: dict[int, float] = {}
+        """known: seconds by size that count as measured well enough to be known."""
+        self._samples: dict[int, list[float]] = {}
+        self._typical: dict[int, float] = {}
+        self._last: dict[int, int] = {}
+        self._now = 0
         self._sizes: list[int] = []
         self._values: list[float] = []
         for size, seconds in (known or {}).items():
-            self.add(size, seconds)
+            for _ in range(_KNOWN):
+                self.add(size, seconds)
 
-    def add(self, size: int, seconds: float) -> None:
+    def add(self, size: int, seconds: float, follow: float = _SIZE_FOLLOWS) -> None:
         """A measurement."""
-        samples = self._samples.setdefault(size, deque(maxlen=_KEPT))
-        samples.append(seconds)
-        median = sorted(samples)[len(samples) // 2]
-        if self._medians.get(size) == median:
-            return
-        self._medians[size] = median
-        self._sizes = sorted(self._medians)
-        self._values = list(accumulate([self._medians[known] for known in self._sizes], max))
+        seconds = max(seconds, _SHORTEST)
+        self._now += 1
+        if self._now - self._last.get(size, self._now) > _STALE:
+            self._samples[size] = []
+        self._last[size] = self._now
+        samples = self._samples.setdefault(size, [])
+        if len(samples) < _FIRST:
+            samples.append(seconds)
+            self._typical[size] = min(samples) if len(samples) < _FIRST else sorted(samples)[_FIRST // 2]
+        else:
+            self._typical[size] *= within(seconds / self._typical[size]) ** follow
+        self._sizes = sorted(self._typical)
+        self._values = list(accumulate([self._typical[known] for known in self._sizes], max))
+
+    def settled(self, size: int) -> float | None:
+        """Where this size stands; None until it was measured so often that it can tell the pace."""
+        return self._typical[size] if len(self._samples.get(size, ())) >= _FIRST else None
 
     def __bool__(self) -> bool:
         """Whether anything is known."""
@@ -53,24 +69,30 @@ class Curve:
 
     @property
     def largest(self) -> int:
-        """Of the measured sizes."""
-        return self._sizes[-1]
+        """Of the sizes that are known; 0 for none."""
+        return max([size for size in self._sizes if self._fresh(size) >= _KNOWN], default=0)
 
-    def known(self, size: int) -> float | None:
-        """The median of what was measured at this size."""
-        return self._medians.get(size)
+    def knows(self, size: float) -> bool:
+        """Whether this size, or those about as large, were measured often enough, and lately."""
+        place, count = bisect_left(self._sizes, size - _NEAR * size), 0
+        while place < len(self._sizes) and self._sizes[place] <= size + _NEAR * size:
+            count += self._fresh(self._sizes[place])
+            place += 1
+        return count >= _KNOWN
 
-    def near(self, size: float) -> bool:
-        """Whether this size, or one about as large, was measured."""
-        place = bisect_left(self._sizes, size - _NEAR * size)
-        return place < len(self._sizes) and self._sizes[place] <= size + _NEAR * size
+    def _fresh(self, size: int) -> int:
+        """Samples of a size that was measured lately."""
+        return len(self._samples[size]) if self._now - self._last[size] <= _STALE else 0
 
     def hoped(self, size: float) -> float:
-        """The least that it can take: what the largest measured size up to it does."""
-        return self._values[max(bisect_right(self._sizes, size) - 1, 0)]
+        """The least that it can take: what the largest known size up to it does; of no known size, what the least one did."""
+        known = [self._typical[own] for own in self._sizes if own <= size and self._fresh(own) >= _KNOWN]
+        return known[-1] if known else self._values[0]
 
     def at(self, size: float) -> float:
         """Seconds: measured, interpolated between measured neighbours, or carried on beyond the last ones."""
+        if size in self._typical:
+            return self._typical[int(size)]
         sizes, values = self._sizes, self._values
         if size <= sizes[0]:
             return values[0]
@@ -80,6 +102,11 @@ class Curve:
         right = bisect_left(sizes, size)
         share = (size - sizes[right - 1]) / (sizes[right] - sizes[right - 1])
         return values[right - 1] + share * (values[right] - values[right - 1])
+
+
+def within(ratio: float) -> float:
+    """The ratio, but neither much larger nor much smaller than 1."""
+    return min(max(ratio, 1 / _MOST), _MOST)
 
 
 class ContextSlope:
@@ -127,7 +154,8 @@ class CostModel:
         for batch, by_nodes in target_s.items():
             curve = self._target.setdefault(bucket(batch), Curve())
             for nodes, seconds in by_nodes.items():
-                curve.add(batch + nodes, seconds)
+                for _ in range(_KNOWN):
+                    curve.add(batch + nodes, seconds)
         self._slope = ContextSlope(context_s)
 
     def begin_draft_with(self, name: str, width: int, draft_s: Mapping[int, Mapping[int, float]]) -> None:
@@ -141,23 +169,23 @@ class CostModel:
         self._slope.observe(rows, context, target_s)
         base = max(target_s - self._slope.seconds * context, 0.1 * target_s)
         curve = self._target.setdefault(bucket(batch), Curve())
-        known = curve.known(rows)
+        known, pace = curve.settled(rows), self._pace
         if known:
-            self._pace *= min(max(base / (known * self._pace), 1 / _MOST), _MOST) ** _FOLLOW
-        curve.add(rows, base / self._pace)
+            self._pace *= within(base / (known * pace)) ** _PACE_FOLLOWS
+        curve.add(rows, base / pace)
 
     def observe_draft(self, name: str, width: int, batch: int, depth: int, draft_s: float) -> None:
         """A finished draft of this depth."""
-        self._draft.setdefault((name, width, bucket(batch)), Curve()).add(depth, draft_s / self._pace)
+        self._draft.setdefault((name, width, bucket(batch)), Curve()).add(depth, draft_s / self._pace, _PACE_FOLLOWS)
 
     def knows(self, batch: int) -> bool:
-        """Whether plain decoding of about this batch size was measured."""
-        return self.measured(batch, 0)
+        """Whether anything was measured that tells what plain decoding of this batch size takes."""
+        return bool(self._target)
 
     def measured(self, batch: int, nodes: float) -> bool:
-        """Whether there was a round of about this size."""
+        """Whether rounds of about this size were measured often enough."""
         curve = self._target.get(bucket(batch))
-        return curve is not None and curve.near(batch + nodes)
+        return curve is not None and curve.knows(batch + nodes)
 
     def plain(self, batch: int, context: int) -> float:
         """Seconds of a round without a draft."""
@@ -173,9 +201,9 @@ class CostModel:
         return [pace * value(batch + share * nodes) + always for nodes in range(most + 1)]
 
     def draft(self, name: str, width: int, batch: int, depth: int, *, hoped: bool = False) -> float:
-        """Seconds of a draft of this depth; what was never measured is hoped to be free."""
+        """Seconds of a draft of this depth; a drafter of which little was measured is hoped to be free."""
         curve = self._curve(name, width, batch)
-        if curve is None:
+        if curve is None or (hoped and not curve.largest):
             return 0.0
         return self._pace * (curve.hoped(depth) if hoped else curve.at(depth))
 

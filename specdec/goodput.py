@@ -13,19 +13,25 @@ from specdec.arms import Arm, Limits, Plan
 from specdec.costs import CostModel, bucket
 from specdec.drafters.base import Drafter
 from specdec.errors import SpecDecError
-from specdec.guard import Guard
+from specdec.guard import Guard, Judged
 from specdec.profile import Profile, check_fits, default_path, read_profile
 from specdec.types import Budget, Draft, DrafterTraits, Forecast, Load, RoundStats
 
 logger = logging.getLogger(__name__)
 # Plain rounds at the start of a batch size, and one among so many later: what speculation is compared with has to be measured.
 _FIRST_PLAIN, _PLAIN_EVERY = 3, 96
-# Rounds that a plan stays once so many times as many have been seen, unless the requests change.
+# Rounds that a plan stays once so many times as many went by since something changed.
 _PLAN_STAYS, _SETTLES = 8, 8
+# Observations of its deepest level without which a plan stays for one round only.
+_SEEN = 3.0
 # A plan replaces another when it is better by this share.
 _HYSTERESIS = 0.02
+# Drafting has to be expected to be better than plain decoding by as much: luck makes the best of many plans look better than it is.
+_WORTH = 1.05
 # Choices in which unmeasured sizes are looked for each time, and one among so many later.
 _SEARCHED, _SEARCHES = 32, 4
+# What trying unmeasured sizes may cost: a share of all time, and so many plain rounds on top.
+_HOPES_COST, _HOPES_FREE = 0.005, 2
 # Rounds that a drafter is tried for.
 _TRIED = 2
 # In a trial one request of so many drafts, in batches of that many or more.
@@ -81,7 +87,8 @@ class GoodputPlanner:
         self._lengths: dict[int, int] = {}
         self._plan: Plan | None = None
         self._asked: _Asked | None = None
-        self._stays, self._undrafted, self._choices = 0, 0, 0
+        self._stays, self._steady, self._undrafted, self._choices = 0, 0, 0, 0
+        self._hopes, self._hopes_lost_s, self._total_s = False, 0.0, 0.0
 
     def bind(self, target: nn.Module, drafter: Drafter) -> None:
         """Make sure that the profile is of this pair; without one, read what `specdec tune` wrote for it here, if anything.
@@ -126,24 +133,32 @@ class GoodputPlanner:
         assert asked is not None
         batch, arm = len(stats.requests), self._arms[asked.plan.arm]
         target_s = stats.target_s + stats.verify_s + stats.other_s
+        known = self._costs.measured(batch, sum(stats.drafted))
         self._costs.observe(batch, sum(stats.drafted), asked.context, target_s)
         self._rounds[bucket(batch)] = self._rounds.get(bucket(batch), 0) + 1
+        self._total_s += stats.draft_s + target_s
         guard = self._guard(batch)
         if not any(asked.nodes):
             self._undrafted += 1
             guard.observe_plain()
             return
-        arm.observe(stats, asked.nodes)
+        arm.observe(stats, tuple(map(min, asked.nodes, asked.plan.depth)))
         if self._undrafted < _CATCHES_UP and any(stats.drafted):
             depth = max(map(min, asked.nodes, asked.plan.depth))
             self._costs.observe_draft(arm.name, arm.width, batch, depth, stats.draft_s)
         self._undrafted = 0
         for other in self._arms:
             other.idle = 0 if other is arm else other.idle + 1
-        accepted, seconds = sum(stats.accepted), stats.draft_s + target_s
-        if guard.observe(batch + accepted, accepted, seconds, self._costs.plain(batch, asked.context), batch):
+        round_ = Judged(batch, sum(stats.drafted), sum(stats.accepted), stats.draft_s + target_s)
+        plain_s = self._costs.plain(batch, asked.context)
+        if asked.why == "hope":
+            self._hopes_lost_s += round_.seconds - round_.tokens * plain_s / batch
+        if not known and not guard.trying:
+            # The first rounds of a size also prepare it, which says nothing of later ones.
+            return
+        if guard.observe(round_, plain_s):
             arm.rates.doubt()
-            self._stays = 0
+            self._stays = self._steady = 0
 
     def _notice(self, load: Load) -> None:
         """Take in which drafters there are, and forget what was known of texts that have ended."""
@@ -152,9 +167,11 @@ class GoodputPlanner:
             self._traits = traits
             self._begin(traits)
         for request, length in zip(load.requests, load.lengths, strict=True):
-            if length < self._lengths.get(request, 0):
+            if length < self._lengths.get(request, length + 1):
                 for arm in self._arms:
                     arm.rates.forget(request)
+                self._guard(len(load.requests)).new_text()
+                self._stays = self._steady = 0
             self._lengths[request] = length
 
     def _begin(self, traits: tuple[DrafterTraits, ...]) -> None:
@@ -184,21 +201,24 @@ class GoodputPlanner:
             return "trial", self._arms[self._liveliest()].least(load, self._costs, _TRIAL_SHARE if batch >= _TRIAL_SHARE else 1)
         if not guard.on or rounds % _PLAIN_EVERY == 0:
             return "plain", self._plain(load)
-        return self._settled(load, rounds)
+        return self._settled(load)
 
     def _plain(self, load: Load) -> Plan:
         nothing, batch, context = (0,) * len(load.requests), len(load.requests), sum(load.lengths)
         seconds = self._costs.plain(batch, context) if self._costs.knows(batch) else float("inf")
         return Plan(0, load.requests, nothing, nothing, 1, 0, batch, seconds)
 
-    def _settled(self, load: Load, rounds: int) -> tuple[str, Plan]:
+    def _settled(self, load: Load) -> tuple[str, Plan]:
         """The plan that stays for some rounds; a new one when its time is over or the requests are others."""
+        self._steady += 1
         if self._plan is None or self._plan.requests != load.requests or self._stays <= 0:
-            self._stays = min(1 + rounds // _SETTLES, _PLAN_STAYS)
+            self._stays, self._hopes = min(1 + self._steady // _SETTLES, _PLAN_STAYS), False
             self._plan = self._choose(load)
+            if self._arms[self._plan.arm].rates.reached(max(self._plan.depth)) < _SEEN:
+                self._stays = 1
         self._stays -= 1
         if any(self._plan.nodes):
-            return "plan", self._plan
+            return "hope" if self._hopes else "plan", self._plan
         self._guard(len(load.requests)).pause(self._costs.plain(len(load.requests), sum(load.lengths)))
         return "plain", self._plan
 
@@ -206,9 +226,12 @@ class GoodputPlanner:
         """The best plan, or an unmeasured one that could be better yet; the old one where it is nearly as good."""
         plans = self._plans(load, self._arms, hoped=False)
         best = max(plans, key=lambda plan: plan.goodput)
-        hope = self._hope(load)
-        if hope is not None and hope.goodput > best.goodput * (1 + _HYSTERESIS):
-            self._stays = 1
+        plain = self._plain(load)
+        if best.goodput < plain.goodput * _WORTH:
+            best = plain
+        hope = self._hope(load, plain.seconds)
+        if hope is not None and hope.goodput > max(best.goodput * (1 + _HYSTERESIS), plain.goodput * _WORTH):
+            self._stays, self._hopes = 1, True
             return hope
         tried = self._tried_again(load, best)
         if tried is not None:
@@ -220,17 +243,20 @@ class GoodputPlanner:
                 return again
         return best
 
-    def _hope(self, load: Load) -> Plan | None:
-        """The unmeasured plan that could be the best of them; not looked for each time once much is measured."""
+    def _hope(self, load: Load, plain_s: float) -> Plan | None:
+        """The unmeasured plan that could be the best of them; not looked for each time once much is measured, nor at any price."""
         self._choices += 1
         if self._choices > _SEARCHED and self._choices % _SEARCHES:
+            return None
+        if self._hopes_lost_s > _HOPES_COST * self._total_s + _HOPES_FREE * plain_s:
             return None
         plans = [plan for plan in self._plans(load, self._arms, hoped=True) if not self._is_measured(plan)]
         return max(plans, key=lambda plan: plan.goodput, default=None)
 
     def _tried_again(self, load: Load, best: Plan) -> Plan | None:
         """A plan of a drafter that was not used for long."""
-        stale = [arm for arm in self._arms if arm.stale and arm.place != best.arm]
+        known = self._arms[best.arm].rates
+        stale = [arm for arm in self._arms if arm.stale and arm.rates is not known]
         if not stale:
             return None
         arm = max(stale, key=lambda each: each.idle)

@@ -8,11 +8,26 @@ from dataclasses import dataclass, field
 # Rounds that speculation is judged by; how many there have to be; deviations that pass for bad luck.
 _WINDOW, _ENOUGH, _LUCK = 32, 8, 1.5
 # Rounds of a trial that nothing was accepted in.
-TRIAL = 2
+TRIAL = 1
 # Plain rounds until the next trial: at first, doubled each time; at most; and so many that trials cost this share of the time.
-_FIRST_WAIT, _LONGEST_WAIT, _TRIALS_COST = 16, 512, 0.015
+_FIRST_WAIT, _LONGEST_WAIT, _TRIALS_COST = 16, 512, 0.006
 # Rounds that speculation has to be on for before going off counts as new.
 _SETTLED = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A round that drafted. batch: its requests.  drafted, accepted: tokens of all of them."""
+
+    batch: int
+    drafted: int
+    accepted: int
+    seconds: float
+
+    @property
+    def tokens(self) -> int:
+        """That it gave."""
+        return self.batch + self.accepted
 
 
 @dataclass(slots=True)
@@ -36,17 +51,17 @@ class Guard:
         """A round without speculation is over."""
         self.left -= not self.on
 
-    def observe(self, tokens: int, accepted: int, seconds: float, plain_s: float, batch: int) -> bool:
-        """A round with speculation is over. plain_s: of a plain round. Returns whether a trial has just gone well."""
-        self._lost_s += seconds - plain_s * tokens / batch
+    def observe(self, round_: Judged, plain_s: float) -> bool:
+        """A round that drafted is over. plain_s: of a plain round. Returns whether a trial has just gone well."""
+        self._lost_s += round_.seconds - plain_s * round_.tokens / round_.batch
         if self.on:
-            self._judge(tokens, seconds, batch / plain_s)
+            self._judge(round_, round_.batch / plain_s)
             if not self.on:
                 self._wait_for(plain_s)
             return False
         self._tried += 1
-        # One token in six is less than what any draft needs to pay.
-        if 6 * accepted >= batch:
+        # One in three is about the least that pays anywhere.
+        if 0 < round_.drafted <= 3 * round_.accepted:
             self.on, self._rounds = True, 0
             self._window.clear()
             return True
@@ -54,15 +69,19 @@ class Guard:
             self._wait_for(plain_s)
         return False
 
+    def new_text(self) -> None:
+        """Another text begins, of which the last one says little: the next trial is soon."""
+        self.left = min(self.left, 1)
+
     def pause(self, plain_s: float) -> None:
         """The planner itself found nothing that pays."""
         self.on = False
         self._wait_for(plain_s)
 
-    def _judge(self, tokens: int, seconds: float, plain: float) -> None:
+    def _judge(self, round_: Judged, plain: float) -> None:
         """plain: tokens a second without speculation."""
         self._rounds += 1
-        self._window.append((tokens, seconds))
+        self._window.append((round_.tokens, round_.seconds))
         rounds = len(self._window)
         if rounds < _ENOUGH:
             return

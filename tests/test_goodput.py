@@ -112,10 +112,9 @@ def test_the_choice_is_the_models_best_within_two_percent(seed: int) -> None:
     target = [steps[min(n // 3, 3)] if seed % 2 else 1.0 + 0.1 * n * rng.random() for n in range(batch * deepest + 1)]
     target = list(accumulate(target, max))
     drafting = list(accumulate(rng.uniform(0.0, 0.3) for _ in range(deepest + 1)))
-    for nodes, seconds in enumerate(target):
+    for nodes, seconds in list(enumerate(target)) * 3:
         planner._costs.observe(batch, nodes, 50 * batch, seconds)
-    planner._costs._pace = 1.0
-    for depth in range(1, deepest + 1):
+    for depth in [*range(1, deepest + 1)] * 3:
         planner._costs.observe_draft("", 1, batch, depth, drafting[depth])
     arm = planner._arms[0]
     arm.rates = AcceptanceModel([[rng.random()] for _ in range(deepest)])

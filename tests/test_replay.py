@@ -10,7 +10,7 @@ import torch
 
 from specdec.bench.never_slower import BATCHES, _agreed
 from specdec.bench.opponents import Adversary, Watched
-from specdec.bench.replay import LENGTHS, Recording, Times, fixed, replay
+from specdec.bench.replay import LENGTHS, Recording, Times, fixed, played, replay
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.generator import SpeculativeGenerator
 from specdec.goodput import GoodputPlanner
@@ -47,6 +47,17 @@ def test_no_cell_is_slower_than_plain_decoding(name: str, batch: int) -> None:
     assert ours.tokens == 2 * 16 * 128
     assert ours.goodput >= 0.97 * lengths[0]
     assert ours.goodput >= 0.85 * max(lengths.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", BATCHES)
+def test_no_cell_recorded_on_a_real_machine_is_slower(batch: int) -> None:
+    """Four drafters, two temperatures and three kinds of text with the bundled target on two cores."""
+    recorded = Recording.read(Path(__file__).parent.parent / "bench" / "results" / "cpu" / "recorded.json")
+    cells = {key: played(recorded, key, batch, 1024) for key in recorded.texts}
+    assert len(cells) == 24
+    assert not {key: cell for key, cell in cells.items() if cell["vs_plain"] < 0.97}
+    assert sum(cell["vs_best_fixed"] for cell in cells.values()) / len(cells) >= 0.95
 
 
 def test_a_replay_repeats_itself() -> None:
