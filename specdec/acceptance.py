@@ -135,8 +135,8 @@ class AcceptanceModel:
         return found
 
     def reached(self, depth: int) -> float:
-        """How many observations there are of this depth, from 1, recent ones counting most."""
-        return self._shared.reached(depth - 1)
+        """How many observations there are of this depth, from 1, recent ones counting most; 0 of depth 0."""
+        return self._shared.reached(depth - 1) if depth else 0.0
 
     def of(self, request: int, shared: Sequence[list[float]]) -> list[list[float]]:
         """As `rates`, from what `shared` gave."""

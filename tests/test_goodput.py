@@ -19,7 +19,7 @@ from specdec.errors import SpecDecError
 from specdec.generator import SpeculativeGenerator
 from specdec.goodput import GoodputPlanner
 from specdec.planner import FixedPlanner, Planner
-from specdec.types import Load, RoundStats
+from specdec.types import DrafterTraits, Load, RoundStats
 from tests.support_models import left_padded, noised, prompts, tiny_model
 
 
@@ -159,6 +159,48 @@ def test_the_text_is_that_of_plain_decoding(sampling: bool, accepted: float) -> 
         assert ours.stats is not None
         drafted.append(ours.stats.drafted)
     assert drafted[0] > 0
+
+
+@pytest.mark.parametrize("accepted", [0.02, 0.5], ids=["good", "poor"])
+def test_it_chooses_between_several_drafters_and_the_text_stays(accepted: float) -> None:
+    target = tiny_model()
+    several = {"suffix": "suffix", "model": noised(target, accepted), "tree": DraftModelDrafter(noised(target, 0.05), shape="tree")}
+    arguments: dict[str, Any] = {**left_padded(prompts((9, 3))), "max_new_tokens": 90, "do_sample": False}
+    plain = SpeculativeGenerator(target, None).generate(**arguments)
+    ours = SpeculativeGenerator(target, several)  # type: ignore[arg-type]
+    used: set[str | None] = set()
+    for _ in range(3):
+        assert torch.equal(ours.generate(**arguments), plain)
+        assert ours.stats is not None
+        used |= {stats.drafter for stats in ours.stats.history if any(stats.drafted)}
+    assert used <= {"suffix", "model", "tree"}
+    assert len(used) > 1
+
+
+def test_of_several_drafters_the_best_is_used_most_and_a_change_is_noticed() -> None:
+    planner, rates = GoodputPlanner(), {"a": 0.2, "b": 0.8}
+    rng, traits = random.Random(0), (DrafterTraits("a", "chain"), DrafterTraits("b", "chain"))
+
+    def run(rounds: int) -> list[str | None]:
+        used: list[str | None] = []
+        length = 10
+        for _ in range(rounds):
+            budget = planner.plan(Load((0,), (length,), (1000,), traits))
+            (drafted,) = map(min, budget.nodes, budget.depth)
+            accepted = next((i for i in range(drafted) if rng.random() >= rates[budget.drafter or "a"]), drafted)
+            seconds = 1.0 + 0.05 * drafted
+            planner.observe(RoundStats((0,), (drafted,), (accepted,), (drafted,), 1, 0.05 * drafted, seconds, 0.0, 0.0))
+            used += [budget.drafter] if drafted else []
+            length += 1 + accepted
+        return used
+
+    run(100)
+    settled = run(300)
+    assert settled.count("b") > 0.9 * len(settled)
+    rates["a"], rates["b"] = 0.8, 0.1
+    run(400)
+    later = run(300)
+    assert later.count("a") > 0.8 * len(later)
 
 
 def test_the_name_makes_one_and_another_name_is_refused() -> None:
