@@ -17,6 +17,8 @@ datastore = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Texts
 app.add_typer(datastore, name="datastore")
 training = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Drafters for a target of your own.")
 app.add_typer(training, name="train")
+benchmark = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Speed on this machine, with every output checked.")
+app.add_typer(benchmark, name="bench")
 # Settings are the fields of dataclasses, which check them; typer hands them on.
 _FREE = {"allow_extra_args": True, "ignore_unknown_options": True}
 Recipe = Annotated[str | None, typer.Option(help="a recipe of specdec's or a YAML file; by default the method's own")]
@@ -43,7 +45,7 @@ def demo(
     target: Target = None,
     draft: Annotated[str | None, typer.Option(help="draft checkpoint; the bundled draft by default")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=8, help="tokens for each prompt")] = 64,
-    nodes: Annotated[int, typer.Option(min=1, help="tokens to draft each round")] = 2,
+    nodes: Annotated[int | None, typer.Option(min=1, help="tokens to draft each round; by default the planner decides")] = None,
     quick: Annotated[bool, typer.Option(help="two prompts, timed once")] = False,
     color: Annotated[bool, typer.Option(help="colour the accepted draft tokens")] = True,
 ) -> None:
@@ -78,11 +80,69 @@ def generate(
 
 
 @app.command()
-def doctor() -> None:
-    """Say what this machine has and what specdec makes of it."""
-    from specdec.demo import show_doctor
+def trace(
+    prompt: Annotated[str, typer.Argument(help="the prompt")],
+    target: Target = None,
+    drafter: Annotated[
+        list[str] | None, typer.Option(help="as in generate, or 'bundled'; repeated, the planner chooses between them")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="makes sampling repeat")] = None,
+    verifier: Annotated[str, typer.Option(help="auto, or a rule's name; README.md lists them")] = "auto",
+    nodes: Annotated[int | None, typer.Option(min=0, help="tokens to draft each round; by default the planner decides")] = None,
+    output: Annotated[Path, typer.Option(help="the HTML file to write")] = Path("trace.html"),
+) -> None:
+    """Draw one generation as a page: where each token came from, and every round's tree."""
+    from specdec.trace_command import TraceOptions, run_trace
 
-    show_doctor(Console())
+    sampling = {"temperature": temperature} if temperature > 0 else {}
+    names = tuple(drafter or ())
+    run_trace(prompt, TraceOptions(target, names, max_new_tokens, sampling, seed, verifier, nodes, output), Console())
+
+
+@app.command()
+def doctor(
+    target: Annotated[str | None, typer.Option(help="also say whether this checkpoint can be a target; or 'bundled'")] = None,
+    drafter: Annotated[
+        str | None, typer.Option(help="also say whether it fits the target: a checkpoint, 'bundled', or a name as in generate")
+    ] = None,
+) -> None:
+    """Say what this machine has, what specdec makes of it, and whether a target and a drafter fit; exit code 1 if they do not."""
+    from specdec.doctor import show_doctor
+
+    if not show_doctor(Console(), target, drafter):
+        raise typer.Exit(1)
+
+
+@app.command("certify")
+def certify_pair(
+    target: Annotated[str, typer.Option(help="checkpoint folder, hub name, or 'bundled'")] = "bundled",
+    drafter: Annotated[
+        str | None, typer.Option(help="a checkpoint, 'bundled', or a name as in generate; default: the bundled draft")
+    ] = None,
+    verifier: Annotated[str, typer.Option(help="auto, or a rule's name")] = "auto",
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 checks greedy decoding only")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(min=1)] = None,
+    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
+    samples: Annotated[int, typer.Option(min=100, help="of the sampled law; 4 times as many find half the distance")] = 2000,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="of each compared text")] = 48,
+    nodes: Annotated[int | None, typer.Option(min=1, help="tokens to draft each round; by default 3, or 8 of a tree")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's own")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="a prompt a line, or .jsonl; the demo's built-in file by default")] = None,
+    check: Annotated[
+        list[str] | None, typer.Option(help="greedy, coupled, law, draft-law or state; may be repeated; all by default")
+    ] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="print one JSON document instead of a table")] = False,
+) -> None:
+    """Check that the output is the target's own with this drafter, rule and sampling; exit code 1 if that is not certified."""
+    from specdec.certify_command import CertifyOptions, run_certify
+
+    sampling = verifier, temperature, top_k, top_p, samples, seed
+    options = CertifyOptions(target, drafter, *sampling, max_new_tokens, nodes, dtype, prompts, tuple(check or ()), json_output)
+    if not run_certify(options, Console()).certified:
+        raise typer.Exit(1)
 
 
 @app.command("tune")
@@ -173,6 +233,75 @@ def report(
     from specdec.training.report import write_report
 
     Console().print(f"wrote {write_report(runs, out)}", highlight=False)
+
+
+@benchmark.command("run")
+def bench_run(
+    quick: Annotated[bool, typer.Option("--quick", help="five built-in prompts, under three minutes on two cores")] = False,
+    target: Annotated[str, typer.Option(help="checkpoint folder, hub name, or 'bundled'")] = "bundled",
+    drafter: Annotated[
+        list[str] | None,
+        typer.Option(help="draft, medusa, pard (bundled), a name as in generate, a path, or NAME=any of these; may be repeated"),
+    ] = None,
+    prompts: Annotated[list[Path] | None, typer.Option(help=".jsonl or .tsv; may be repeated; default: the built-in ones")] = None,
+    workload: Annotated[list[str] | None, typer.Option(help="only prompts of this task; may be repeated")] = None,
+    per_task: Annotated[int | None, typer.Option(min=1, help="most prompts of a task, evenly from it")] = None,
+    longest: Annotated[int | None, typer.Option(min=1, help="refuse prompts of more tokens than this")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="requests at once; may be repeated; 1 by default")] = None,
+    temperature: Annotated[list[float] | None, typer.Option(min=0.0, help="0 decodes greedily; may be repeated")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="128 by default, 48 with --quick")] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="runs of each method on each prompt, 3 by default")] = None,
+    dtype: Annotated[str | None, typer.Option(help="of the target, as float32; the checkpoint's own by default")] = None,
+    planner: Annotated[str | None, typer.Option(help="a planner's name; the default one by default")] = None,
+    verifier: Annotated[str, typer.Option(help="a rule's name; one that changes the output is refused")] = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="of sampling, and of the intervals")] = 0,
+    trained_length: Annotated[int | None, typer.Option(min=1, help="tokens the target was trained on; splits the results")] = None,
+    output: Annotated[Path | None, typer.Option(help="folder to write; a new one by default")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --output")] = False,
+) -> None:
+    """Measure every drafter beside plain decoding and transformers' own; exit code 1 when an output is not the target's."""
+    from specdec.bench_command import BenchOptions, command_line, run_bench
+
+    lists = (tuple(drafter or ()), tuple(prompts or ()), tuple(workload or ()), tuple(batch or (1,)), tuple(temperature or (0.0,)))
+    sizes = (max_new_tokens, repeats, per_task, longest, trained_length)
+    typed = command_line(sys.argv[1:])
+    options = BenchOptions(quick, target, *lists, *sizes, dtype, planner, verifier, seed, output, resume, typed)
+    if not run_bench(options, Console()):
+        raise typer.Exit(1)
+
+
+@benchmark.command("compare")
+def bench_compare(
+    before: Annotated[Path, typer.Argument(help="results.json of a run, or its folder")],
+    after: Annotated[Path, typer.Argument(help="of the run to judge")],
+    margin: Annotated[float, typer.Option(min=0.0, help="smaller changes than this part are no difference")] = 0.02,
+    fail_if_slower: Annotated[bool, typer.Option("--fail-if-slower", help="exit code 1 when the verdict is slower")] = False,
+) -> None:
+    """Say whether one run is faster than another, by each method's ratio to plain decoding in its own run."""
+    from specdec.bench_command import run_compare
+
+    report = run_compare(before, after, margin, Console())
+    if fail_if_slower and report.verdict == "slower":
+        raise typer.Exit(1)
+
+
+@benchmark.command("advise")
+def bench_advise(results: Annotated[Path, typer.Argument(help="results.json of a run, or its folder")]) -> None:
+    """Say which drafter to use, what to expect, and why."""
+    from specdec.bench_command import run_advise
+
+    run_advise(results, Console())
+
+
+@benchmark.command("report")
+def bench_report(
+    results: Annotated[Path, typer.Argument(help="results.json of a run, or its folder")],
+    output: Annotated[Path | None, typer.Option(help="folder to write; the run's own by default")] = None,
+) -> None:
+    """Write a run's reports again: report.md and report.html."""
+    from specdec.bench_command import run_report
+
+    run_report(results, output, Console())
 
 
 @app.command()

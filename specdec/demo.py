@@ -5,11 +5,10 @@ from __future__ import annotations
 import platform
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, get_args
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-import transformers
 from rich.columns import Columns
 from rich.console import Console
 from rich.panel import Panel
@@ -17,41 +16,20 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from specdec import __version__
 from specdec.bench.margin import explain
 from specdec.bench.speed import Prompt, load_prompts
 from specdec.bench.timing import timed
-from specdec.bundled import Role, bundled_path
+from specdec.bundled import bundled_path
 from specdec.drafters.base import Drafter
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.drafters.registry import load_drafter
 from specdec.generator import SpeculativeGenerator
-from specdec.linear import cpu_has_fast_bf16
 from specdec.loading import load_model, load_tokenizer
 from specdec.planner import FixedPlanner
-from specdec.types import Budget, Draft, Load, RoundStats
 
 HF, PLAIN, MODEL, LOOKUP, MEDUSA, PARD = "model.generate", "plain decoding", "draft model", "suffix lookup", "Medusa heads", "PARD"
 # One prompt of each kind from the built-in file: dialogue, story, maths, code, docs, and text that repeats itself.
 _SHOWN = (0, 6, 10, 13, 16, 21)
-
-
-@dataclass
-class _Watched:
-    """A fixed planner that remembers how many draft tokens each round accepted."""
-
-    fixed: FixedPlanner
-    accepted: list[int] = field(default_factory=list)
-    post_draw: bool = False
-
-    def plan(self, load: Load) -> Budget:
-        return self.fixed.plan(load)
-
-    def select(self, draft: Draft) -> Draft:
-        return draft
-
-    def observe(self, stats: RoundStats) -> None:
-        self.accepted.append(stats.accepted[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +37,13 @@ class _Run:
     tokens: list[int]
     seconds: float
     stats: Any
-    accepted: list[int]
 
 
 Method = Callable[[Prompt], _Run]
 
 
-def run_demo(target_path: str | None, draft_path: str | None, new: int, nodes: int, quick: bool, console: Console) -> None:
-    """Show the demo; the figures are medians of interleaved repeats after a warm-up."""
+def run_demo(target_path: str | None, draft_path: str | None, new: int, nodes: int | None, quick: bool, console: Console) -> None:
+    """Show the demo; the figures are medians of interleaved repeats after a warm-up. nodes: None lets the planner decide."""
     target = load_model(target_path or str(bundled_path("target")), dtype=None, device=None)
     draft = load_model(draft_path or str(bundled_path("draft")), dtype=None, device=None)
     tokenizer = load_tokenizer(target_path or str(bundled_path("target")))
@@ -86,25 +63,23 @@ def _drafters(target: Any, draft: Any, *, bundled: bool) -> dict[str, Drafter | 
     return found
 
 
-def _methods(target: Any, drafters: dict[str, Drafter | str | None], new: int, nodes: int) -> dict[str, Method]:
-    counts = {name: 0 if name == PLAIN else nodes for name in drafters}
-    plans = {name: _Watched(FixedPlanner(nodes=n, depth=max(n, 1), width=2)) for name, n in counts.items()}
+def _methods(target: Any, drafters: dict[str, Drafter | str | None], new: int, nodes: int | None) -> dict[str, Method]:
+    planner = None if nodes is None else FixedPlanner(nodes=nodes, depth=nodes, width=2)
 
     def ours(name: str) -> Method:
-        generator = SpeculativeGenerator(target, drafters[name], planner=plans[name])
+        generator = SpeculativeGenerator(target, drafters[name], planner=planner)
 
         def run(prompt: Prompt) -> _Run:
-            plans[name].accepted.clear()
             tokens, seconds = timed(lambda: _decode(generator, target, prompt, new))
-            return _Run(tokens, seconds, generator.stats, list(plans[name].accepted))
+            return _Run(tokens, seconds, generator.stats)
 
         return run
 
     def theirs(prompt: Prompt) -> _Run:
         tokens, seconds = timed(lambda: _decode(target, target, prompt, new))
-        return _Run(tokens, seconds, None, [])
+        return _Run(tokens, seconds, None)
 
-    return {HF: theirs, **{name: ours(name) for name in plans}}
+    return {HF: theirs, **{name: ours(name) for name in drafters}}
 
 
 def _decode(model: Any, target: Any, prompt: Prompt, new: int) -> list[int]:
@@ -133,7 +108,7 @@ def _measure(methods: dict[str, Method], prompts: list[Prompt], repeats: int, co
 def _coloured(tokenizer: Any, run: _Run) -> Text:
     """The text, accepted draft tokens in green."""
     text, at = Text(), 0
-    for accepted in run.accepted:
+    for accepted in [stats.accepted[0] for stats in run.stats.history]:
         text.append(tokenizer.decode(run.tokens[at : at + accepted]), style="bold green")
         text.append(tokenizer.decode(run.tokens[at + accepted : at + accepted + 1]))
         at += accepted + 1
@@ -192,17 +167,3 @@ def _show_differences(console: Console, target: Any, prompts: list[Prompt], runs
                 f"prompt {i + 1}: differs from model.generate at token {found.place + 1}, where the two tokens' logits are "
                 f"{found.gap:.3g} apart, {verdict} the rounding noise of {found.noise:.3g}"
             )
-
-
-def show_doctor(console: Console) -> None:
-    """Versions, device, and what the runtime would use."""
-    table = Table("what", "here")
-    table.add_row("specdec", __version__)
-    table.add_row("python", platform.python_version())
-    table.add_row("torch", torch.__version__)
-    table.add_row("transformers", transformers.__version__)
-    table.add_row("device", torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
-    table.add_row("threads", str(torch.get_num_threads()))
-    table.add_row("bf16 products in hardware", "yes" if cpu_has_fast_bf16() else "no: linear layers keep fp32 copies")
-    table.add_row("bundled models", ", ".join(bundled_path(role).name for role in get_args(Role)))
-    console.print(table)

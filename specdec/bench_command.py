@@ -1,0 +1,262 @@
+"""`specdec bench`: measure drafters on a machine, compare two runs, advise, and write the reports."""
+
+from __future__ import annotations
+
+import importlib.util
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, get_args
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from specdec.bench.advise import Advice, advise
+from specdec.bench.compare import Report, compare
+from specdec.bench.markdown import markdown
+from specdec.bench.methods import ASSISTED, LOOKUP, NamedDrafter, make_methods
+from specdec.bench.records import ALL, HF, PLAIN, Interval, Results, Settings, read_results, write_results
+from specdec.bench.suite import run_suite, this_machine
+from specdec.bench.workloads import QUICK, Choice, Prompts, load_prompts
+from specdec.bundled import BUNDLED, Role, bundled_path, checkpoint
+from specdec.drafters.draft_model import DraftModelDrafter
+from specdec.drafters.registry import FACTORIES, load_drafter
+from specdec.errors import CheckpointError, SpecDecError
+from specdec.loading import load_model, load_tokenizer
+
+_LABELS = {"draft": "draft model", "medusa": "Medusa", "pard": "PARD"}
+# What is tried where nobody says: those that fit any target, and those made for the bundled one.
+_ANYWHERE, _BUNDLED = ("suffix", "prompt-lookup"), ("draft", "medusa", "pard", "suffix")
+# The bundled target's model card names the length that it was trained at.
+_BUNDLED_LENGTH = 256
+_PAGE = "specdec.bench.page"
+
+
+@dataclass(frozen=True, slots=True)
+class BenchOptions:
+    """The command's options; None is what `run_bench` says. drafters: names, paths, or NAME=PATH.  output: a folder."""
+
+    quick: bool = False
+    target: str = BUNDLED
+    drafters: tuple[str, ...] = ()
+    prompts: tuple[Path, ...] = ()
+    workloads: tuple[str, ...] = ()
+    batches: tuple[int, ...] = (1,)
+    temperatures: tuple[float, ...] = (0.0,)
+    max_new_tokens: int | None = None
+    repeats: int | None = None
+    per_task: int | None = None
+    longest: int | None = None
+    trained_length: int | None = None
+    dtype: str | None = None
+    planner: str | None = None
+    verifier: str = "auto"
+    seed: int = 0
+    output: Path | None = None
+    resume: bool = False
+    command: str = ""
+
+
+def run_bench(options: BenchOptions, console: Console) -> bool:
+    """Measure, write results.json, report.md and report.html, and show the table; False when a method was refused.
+
+    128 new tokens and 3 repeats by default, 48 and 3 with quick, which takes five built-in prompts. Raises SpecDecError.
+    """
+    if options.resume and options.output is None:
+        raise SpecDecError("--resume needs --output, the folder of the run to go on with")
+    path = checkpoint(options.target, "target")
+    target, tokenizer = _loaded(path, options.dtype)
+    prompts = _prompts(options, target, tokenizer)
+    methods = make_methods(target, _drafters(options, target), planner=options.planner, verifier=options.verifier)
+    folder = options.output or Path(f"bench-{datetime.now(UTC):%Y%m%d-%H%M%S}")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        results = run_suite(
+            target,
+            methods,
+            prompts,
+            _settings(options, target),
+            this_machine(options.command),
+            store=folder / "trials.jsonl",
+            resume=options.resume,
+            console=console,
+        )
+    except KeyboardInterrupt:
+        console.print(f"nothing measured is lost: go on with --output {escape(str(folder))} --resume", highlight=False)
+        raise
+    write_results(results, folder / "results.json")
+    _show(results, console)
+    write_reports(results, folder, console)
+    return not any(gate.status == "refused" for gate in results.gates)
+
+
+def write_reports(results: Results, folder: Path, console: Console) -> None:
+    """report.md, and report.html where this installation has the page."""
+    (folder / "report.md").write_text(markdown(results), encoding="utf-8")
+    written = ["report.md"]
+    if importlib.util.find_spec(_PAGE) is None:
+        console.print("report.html is left out: this installation has no page module")
+    else:
+        from specdec.bench.page import write_page
+
+        write_page(results, folder / "report.html")
+        written.append("report.html")
+    console.print(f"in {escape(str(folder))}: {', '.join(written)}", highlight=False)
+
+
+def run_compare(before: Path, after: Path, margin: float, console: Console) -> Report:
+    """Compare two runs and show the verdict of each method. Raises SpecDecError."""
+    report = compare(read_results(_file(before)), read_results(_file(after)), margin=margin)
+    for note in (*report.notes, *report.missing):
+        console.print(f"note: {escape(note)}", highlight=False)
+    table = Table(title=f"{after} against {before}, by the ratio to plain decoding", title_justify="left")
+    for heading in ("method", "batch", "temperature", "before", "after", "change", "verdict", "would find", "prompts"):
+        table.add_column(heading, justify="left" if heading in ("method", "verdict") else "right")
+    for own in report.comparisons:
+        seen = "" if own.resolution is None else f"{own.resolution - 1:.1%}"
+        cells = (str(own.batch), f"{own.temperature:g}", f"{own.before:.3f}", f"{own.after:.3f}", _interval(own.ratio, 3))
+        table.add_row(own.method, *cells, own.verdict, seen, str(own.items))
+    console.print(table)
+    console.print(f"verdict: {report.verdict}", highlight=False)
+    return report
+
+
+def run_advise(path: Path, console: Console) -> tuple[Advice, ...]:
+    """Say which drafter to use. Raises SpecDecError."""
+    results = read_results(_file(path))
+    found = advise(results)
+    for own in found:
+        console.print(f"batch {own.batch}, temperature {own.temperature:g}: use [bold]{escape(own.method)}[/]", highlight=False)
+        if own.vs_plain is not None:
+            ratios = f"{_interval(own.vs_plain)} of plain decoding, {_interval(own.vs_generate)} of model.generate"
+            console.print(f"  expected: {ratios}", highlight=False)
+        elif own.vs_generate is not None:
+            console.print(f"  expected: {_interval(own.vs_generate)} of model.generate", highlight=False)
+        console.print(f"  {escape(own.use)}", highlight=False)
+        for sentence in own.why:
+            console.print(f"  {escape(sentence)}", highlight=False)
+        for sentence in own.by_task:
+            console.print(f"  better for {escape(sentence)}", highlight=False)
+    return found
+
+
+def run_report(path: Path, output: Path | None, console: Console) -> None:
+    """Write the reports of a finished run, beside it by default. Raises SpecDecError."""
+    file = _file(path)
+    folder = output or file.parent
+    results = read_results(file)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_reports(results, folder, console)
+
+
+def _file(path: Path) -> Path:
+    return path / "results.json" if path.is_dir() else path
+
+
+def _loaded(path: str, dtype: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    target = load_model(path, dtype=dtype)
+    tokenizer = load_tokenizer(path)
+    if tokenizer is None:
+        raise CheckpointError(f"--target {path}: transformers finds no tokenizer there, and the prompts need one")
+    return target, tokenizer
+
+
+def _new(options: BenchOptions) -> int:
+    return options.max_new_tokens or (48 if options.quick else 128)
+
+
+def _prompts(options: BenchOptions, target: Any, tokenizer: PreTrainedTokenizerBase) -> Prompts:
+    if options.quick and options.prompts:
+        raise SpecDecError("--quick measures the built-in prompts; leave it out to measure those of --prompts")
+    tasks = options.workloads or (QUICK.tasks if options.quick else ())
+    per_task = options.per_task or (QUICK.per_task if options.quick else None)
+    positions = getattr(target.config.get_text_config(), "max_position_embeddings", None)
+    return load_prompts(Choice(options.prompts, tasks, per_task, options.longest), tokenizer, positions, _new(options))
+
+
+def _settings(options: BenchOptions, target: Any) -> Settings:
+    bundled = options.target == BUNDLED
+    return Settings(
+        target=options.target,
+        dtype=str(target.dtype).removeprefix("torch."),
+        batches=tuple(dict.fromkeys(options.batches)),
+        temperatures=tuple(dict.fromkeys(options.temperatures)),
+        max_new_tokens=_new(options),
+        repeats=options.repeats or 3,
+        seed=options.seed,
+        quick=options.quick,
+        trained_length=options.trained_length or (_BUNDLED_LENGTH if bundled else None),
+    )
+
+
+def _drafters(options: BenchOptions, target: PreTrainedModel) -> list[NamedDrafter]:
+    asked = options.drafters or (_BUNDLED if options.target == BUNDLED else _ANYWHERE)
+    found: list[NamedDrafter] = []
+    for text in asked:
+        own = _drafter(text, target)
+        taken = {HF, PLAIN, LOOKUP, ASSISTED, *(other.name for other in found)}
+        if own.name in taken:
+            raise SpecDecError(f"--drafter {text}: the name {own.name!r} is taken; give another as NAME={own.source}")
+        found.append(own)
+    return found
+
+
+def _drafter(text: str, target: PreTrainedModel) -> NamedDrafter:
+    """A drafter by name, role of the bundled models, or path; each may be written NAME=..."""
+    name, named, source = text.partition("=")
+    source = source if named else name
+    if source in FACTORIES:
+        return NamedDrafter(name, source, source)
+    role = next((role for role in get_args(Role) if role == source and role in _LABELS), None)
+    path = source if role is None else str(bundled_path(role))
+    label = name if named else _LABELS.get(source, Path(source).name)
+    drafter = load_drafter(path, target)
+    said = source if role is None else f"{BUNDLED}:{role}"
+    if not isinstance(drafter, DraftModelDrafter):
+        return NamedDrafter(label, said, drafter)
+    model = load_model(path, device=target.device)
+    return NamedDrafter(label, said, DraftModelDrafter(model), model)
+
+
+def _interval(interval: Interval | None, digits: int = 2) -> str:
+    if interval is None:
+        return ""
+    return f"{interval.value:.{digits}f}x ({interval.low:.{digits}f} to {interval.high:.{digits}f})"
+
+
+def _show(results: Results, console: Console) -> None:
+    for batch, temperature in dict.fromkeys((row.batch, row.temperature) for row in results.rows):
+        table = Table(title=f"batch {batch}, temperature {temperature:g}, {results.settings.dtype}", title_justify="left")
+        for heading in ("method", "tokens/s", "over generate", "over plain", "tokens a round", "drafting", "outside forwards"):
+            table.add_column(heading, justify="left" if heading == "method" else "right")
+        own = [r for r in results.rows if (r.batch, r.temperature, r.scope) == (batch, temperature, ALL)]
+        for row in own:
+            told = (row.acceptance_length, ".2f"), (row.draft_share, ".0%"), (row.overhead_share, ".0%")
+            numbers = ["" if value is None else format(value, form) for value, form in told]
+            ratios = _interval(row.vs_generate), _interval(row.vs_plain)
+            table.add_row(row.method, f"{row.tokens_per_s.value:.1f}", *ratios, *numbers)
+        console.print(table)
+    _show_left_out(results, console)
+
+
+def _show_left_out(results: Results, console: Console) -> None:
+    for gate in results.gates:
+        if gate.status in ("refused", "unavailable"):
+            colour = "bold red" if gate.status == "refused" else "yellow"
+            where = f"at batch {gate.batch}, temperature {gate.temperature:g}"
+            console.print(f"[{colour}]{gate.status}[/]: {escape(gate.method)} {where}: {escape(gate.reason)}", highlight=False)
+    left_out: dict[str, int] = {}
+    for prompt in results.refused_prompts:
+        left_out[prompt.task] = left_out.get(prompt.task, 0) + 1
+    if left_out:
+        said = ", ".join(f"{count} of {task}" for task, count in left_out.items())
+        console.print(f"prompts refused, never cut: {escape(said)}; the report lists each", highlight=False)
+
+
+def command_line(arguments: Sequence[str]) -> str:
+    """The command as it may be typed again."""
+    return shlex.join(["specdec", *arguments])
