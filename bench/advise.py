@@ -129,7 +129,7 @@ def _by_task(results: Results, chosen: Row, infos: dict[str, MethodInfo]) -> tup
         where = (chosen.batch, chosen.temperature, "task", task)
         rows = [r for r in results.rows if (r.batch, r.temperature, r.scope, r.name) == where]
         own = next((r for r in rows if r.method == chosen.method), None)
-        able = [r for r in rows if r.vs_plain is not None and infos[r.method].family != "transformers"]
+        able = [r for r in rows if r.vs_plain is not None and infos[r.method].family in ("plain", "drafter")]
         top = max(able, key=_gain, default=None)
         if own is None or own.vs_plain is None or top is None or top.vs_plain is None or top.method == own.method:
             continue

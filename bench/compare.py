@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp
 from statistics import fmean
@@ -15,7 +16,7 @@ from specdec.errors import SpecDecError
 MARGIN = 0.02
 # What the same method gains or loses on plain decoding from one start of the program to another, as a deviation of logs.
 _STARTS = 0.006
-Verdict = Literal["faster", "slower", "no difference", "too few prompts"]
+Verdict = Literal["faster", "slower", "no difference", "too few prompts", "outputs differ"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +49,13 @@ class Report:
     @property
     def verdict(self) -> Verdict:
         """Of the whole: slower when any method is, else faster when any is."""
-        found = {comparison.verdict for comparison in self.comparisons}
-        order: tuple[Verdict, ...] = ("slower", "faster", "no difference", "too few prompts")
-        return next(verdict for verdict in order if verdict in found)
+        return whole([comparison.verdict for comparison in self.comparisons])
+
+
+def whole(verdicts: Sequence[Verdict]) -> Verdict:
+    """Of several methods' verdicts, at least one: outputs that differ first, then slower when any is, else faster when any is."""
+    order: tuple[Verdict, ...] = ("outputs differ", "slower", "faster", "no difference", "too few prompts")
+    return next(verdict for verdict in order if verdict in verdicts)
 
 
 def compare(before: Results, after: Results, *, margin: float = MARGIN) -> Report:
@@ -74,7 +79,7 @@ def _pairs(before: Results, after: Results) -> list[tuple[str, Cell, list[tuple[
     """Of each method and cell that both have, the log ratios to plain decoding of the items that both have."""
     same = _same_items(before, after)
     found = []
-    for method in [info.name for info in before.methods if info.name != PLAIN]:
+    for method in [info.name for info in before.methods if info.name != PLAIN and info.family != "synthetic"]:
         old, new = log_ratios(before.trials, method, PLAIN), log_ratios(after.trials, method, PLAIN)
         shared = [key for key in old if key in new and key in same]
         for cell in dict.fromkeys(key[:2] for key in shared):
@@ -99,7 +104,7 @@ def _compared(method: str, cell: Cell, found: list[tuple[float, float]], compari
         return Comparison(method, *cell, len(found), "too few prompts", before, after)
     difference = paired([new - old for old, new in found], comparisons, _STARTS)
     return Comparison(
-        method, *cell, len(found), _verdict(difference.ratio, margin), before, after, difference.ratio, difference.resolution
+        method, *cell, len(found), verdict_of(difference.ratio, margin), before, after, difference.ratio, difference.resolution
     )
 
 
@@ -107,8 +112,8 @@ def _geometric(logs: tuple[float, ...]) -> float:
     return exp(fmean(logs))
 
 
-def _verdict(ratio: Interval, margin: float) -> Verdict:
-    """A difference has an interval without 1 and is larger than the margin."""
+def verdict_of(ratio: Interval, margin: float) -> Verdict:
+    """Of after over before: a difference has an interval without 1 and is larger than the margin."""
     if ratio.low > 1 and ratio.value > 1 + margin:
         return "faster"
     if ratio.high < 1 and ratio.value < 1 - margin:

@@ -6,6 +6,22 @@ from collections.abc import Iterable, Sequence
 
 from specdec.bench.records import ALL, HF, PLAIN, Interval, Results, Row
 
+_HEADINGS = (
+    "method",
+    "tokens/s",
+    "over generate",
+    "over plain",
+    "decode only, over plain",
+    "prompt s",
+    "tokens a round",
+    "by request",
+    "a target forward",
+    "drafting",
+    "outside forwards",
+    "peak MiB",
+    "joules a token",
+)
+
 
 def markdown(results: Results) -> str:
     """The whole report. Refused methods have no speed in it, only their reasons."""
@@ -15,14 +31,14 @@ def markdown(results: Results) -> str:
         parts.append(_methods(results, batch, temperature))
         parts += ["Speed over plain decoding, by task:", by_task(results, batch, temperature, PLAIN)]
         parts += ["Speed over `model.generate`, by task:", by_task(results, batch, temperature, HF)]
-        parts.append(_positions(results, batch, temperature))
+        parts += [_positions(results, batch, temperature), _synthetic(results, batch, temperature)]
     parts += [_gates(results), _prompts(results), _machine(results)]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def by_task(results: Results, batch: int, temperature: float, base: str) -> str:
     """A table with a line for each method and a column for each task, "all", and the trained length. base: HF or PLAIN."""
-    rows = [r for r in results.rows if (r.batch, r.temperature) == (batch, temperature)]
+    rows = [r for r in results.rows if (r.batch, r.temperature) == (batch, temperature) and not results.is_synthetic(r.method)]
     columns = list(dict.fromkeys((r.scope, r.name) for r in rows))
     names = [name if scope != "length" else f"{name} {results.settings.trained_length}" for scope, name in columns]
     lines = []
@@ -64,22 +80,19 @@ def _about(results: Results) -> str:
 
 
 def _methods(results: Results, batch: int, temperature: float) -> str:
-    rows = [r for r in results.rows if (r.batch, r.temperature, r.scope) == (batch, temperature, ALL)]
-    headings = [
-        "method",
-        "tokens/s",
-        "over generate",
-        "over plain",
-        "decode only, over plain",
-        "prompt s",
-        "tokens a round",
-        "by request",
-        "a target forward",
-        "drafting",
-        "outside forwards",
-        "peak MiB",
-    ]
-    return table(headings, [_line(row) for row in rows])
+    rows = [r for r in _overall(results, batch, temperature) if not results.is_synthetic(r.method)]
+    return table(_HEADINGS, [_line(row) for row in rows])
+
+
+def _overall(results: Results, batch: int, temperature: float) -> list[Row]:
+    return [r for r in results.rows if (r.batch, r.temperature, r.scope) == (batch, temperature, ALL)]
+
+
+def _synthetic(results: Results, batch: int, temperature: float) -> str:
+    """Apart from the real ones, and marked."""
+    rows = [r for r in _overall(results, batch, temperature) if results.is_synthetic(r.method)]
+    said = "**Synthetic acceptance**: what a drafter of that cost would give if it were right that often. No drafter did this."
+    return f"{said}\n\n{table(_HEADINGS, [_line(row) for row in rows])}" if rows else ""
 
 
 def _line(row: Row) -> list[str]:
@@ -96,11 +109,12 @@ def _line(row: Row) -> list[str]:
         _number(row.draft_share, ".0%"),
         _number(row.overhead_share, ".0%"),
         _number(row.peak_mib, ".0f"),
+        _number(row.joules_per_token, ".2f"),
     ]
 
 
 def _positions(results: Results, batch: int, temperature: float) -> str:
-    rows = [r for r in results.rows if (r.batch, r.temperature, r.scope) == (batch, temperature, ALL) and r.per_position]
+    rows = [r for r in _overall(results, batch, temperature) if r.per_position and not results.is_synthetic(r.method)]
     if not rows:
         return ""
     depth = max(len(row.per_position) for row in rows)

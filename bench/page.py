@@ -34,6 +34,7 @@ def page(results: Results) -> str:
     parts.append(_against_batch(results))
     for batch, temperature in grids:
         parts += [f"<h2>Where it comes from{_at(results, batch, temperature)}</h2>", _inside(results, batch, temperature)]
+        parts.append(_synthetic(results, batch, temperature))
     parts += ["<h2>Methods and checks</h2>", _methods(results), _gates(results)]
     parts += ["<h2>Prompts</h2>", _workloads(results), _left_out(results)]
     return document("specdec benchmark", "".join(parts), style=_RULES)
@@ -110,8 +111,24 @@ def _facts(results: Results) -> str:
 
 def _rows(results: Results, batch: int, temperature: float, scope: str = ALL, name: str = ALL) -> list[Row]:
     """One for each method that has one, in the order of the methods."""
-    found = (results.row(method.name, batch, temperature, scope, name) for method in results.methods)
+    found = (
+        results.row(method.name, batch, temperature, scope, name) for method in results.methods if method.family != "synthetic"
+    )
     return [row for row in found if row is not None]
+
+
+def _synthetic(results: Results, batch: int, temperature: float) -> str:
+    """Imitations, apart from everything real."""
+    found = (results.row(method.name, batch, temperature) for method in results.methods if method.family == "synthetic")
+    rows = [row for row in found if row is not None]
+    if not rows:
+        return ""
+    title = "Synthetic acceptance: cost alone"
+    shown = [Bar(row.method, row.vs_plain.value, row.vs_plain.low, row.vs_plain.high, 6) for row in rows if row.vs_plain]
+    numbers = table(title, _HEADINGS, [_cells("All tasks", row) for row in rows], words=(1,))
+    note = "What a drafter of that cost would give if its tokens were right that often. No drafter did this."
+    body = bars(title, shown, unit="×", reference=1.0)
+    return f"<h2>Synthetic{_at(results, batch, temperature)}</h2>{figure(title, body, note=note, numbers=numbers)}"
 
 
 def _scopes(results: Results, batch: int, temperature: float) -> list[tuple[str, str, str]]:
@@ -152,7 +169,7 @@ def _speedup(results: Results, rows: Sequence[Row], title: str, base: str, at: t
             low, high = (found.low, found.high) if row.prompts > 1 else (None, None)
             shown.append(Bar(row.method, found.value, low, high, _colour(results, row.method)))
     for gate in results.gates:
-        if (gate.batch, gate.temperature) == at and not gate.counts:
+        if (gate.batch, gate.temperature) == at and not gate.counts and not results.is_synthetic(gate.method):
             shown.append(Bar(gate.method, None, note=_STATUS[gate.status]))
     return figure(title, bars(title, shown, unit="×", reference=1.0, scale=scale)) if shown else ""
 
@@ -170,6 +187,7 @@ _HEADINGS = (
     "tokens a target forward",
     "drafting",
     "outside forwards",
+    "joules a token",
 )
 
 
@@ -187,6 +205,7 @@ def _cells(heading: str, row: Row) -> tuple[str, ...]:
         number(row.tokens_per_forward),
         _share(row.draft_share),
         _share(row.overhead_share),
+        _figure(row.joules_per_token),
     )
 
 
@@ -200,7 +219,7 @@ def _against_batch(results: Results) -> str:
         for method in results.methods:
             found = [results.row(method.name, batch, temperature) for batch in results.settings.batches]
             own = [(row.batch, row.vs_plain) for row in found if row is not None and row.vs_plain is not None]
-            if own and method.name != PLAIN:
+            if own and method.name != PLAIN and method.family != "synthetic":
                 points = tuple((float(batch), ratio.value) for batch, ratio in own)
                 series.append(Line(method.name, points, _colour(results, method.name)))
                 rows += [(method.name, batch, _times(ratio)) for batch, ratio in own]

@@ -14,7 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from specdec.errors import SpecDecError
 
-SCHEMA = 1
+SCHEMA = 2
 KIND = "specdec-bench"
 # Names of the two bases: every other method is reported against both.
 HF, PLAIN = "HF generate", "plain"
@@ -24,7 +24,8 @@ ALL = "all"
 # exact: the same tokens.  within: differs only where rounding explains it.  refused: differs, so there is no speed.
 # unavailable: it cannot run here.  unchecked: there is nothing to compare with, as for another sampler.
 Status = Literal["exact", "within", "refused", "unavailable", "unchecked"]
-Family = Literal["transformers", "plain", "drafter"]
+# transformers, peer: other runtimes.  synthetic: imitates a drafter at an acceptance rate, so its speed is of no real one.
+Family = Literal["transformers", "plain", "drafter", "synthetic", "peer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +141,7 @@ class Trial:
     empty for those; so are accepted_at and reached_at, rounds that accepted, and had room to draft, a token at each depth.
     draft_s to other_s: the phases of all rounds.  forward_s: the part of them inside the models' forwards.  expected_*: what the
     planner forecast of the rounds that it forecast, realised_* what these gave.  peak_mib: of the device, else of this process,
-    None where unknown.
+    None where unknown.  energy_j: joules of the device, or of the whole processor; None where nothing counts them.
     """
 
     method: str
@@ -171,6 +172,7 @@ class Trial:
     realised_tokens: float = 0.0
     realised_s: float = 0.0
     peak_mib: float | None = None
+    energy_j: float | None = None
 
     @property
     def decode_s(self) -> float:
@@ -187,7 +189,7 @@ class Row:
     acceptance_length: tokens a round over all rounds (token-weighted), acceptance_length_by_request: the mean over requests; None
     for methods that do not tell, as the shares are.  per_position: part of the rounds that accepted, at each depth.
     draft_share, overhead_share: of the rounds' time, drafting, and outside the models' forwards.  *_ms: of a round.
-    expected_tokens_per_s, realised_tokens_per_s: the planner's forecasts and what came of them.
+    expected_tokens_per_s, realised_tokens_per_s: the planner's forecasts and what came of them.  joules_per_token: of new tokens.
     """
 
     scope: str
@@ -216,6 +218,7 @@ class Row:
     expected_tokens_per_s: float | None = None
     realised_tokens_per_s: float | None = None
     peak_mib: float | None = None
+    joules_per_token: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +239,10 @@ class Results:
         """The row of a method, None where it has none."""
         wanted = (method, batch, temperature, scope, name)
         return next((r for r in self.rows if (r.method, r.batch, r.temperature, r.scope, r.name) == wanted), None)
+
+    def is_synthetic(self, method: str) -> bool:
+        """Whether a method only imitates an acceptance rate; such numbers stand apart from real ones."""
+        return any(info.name == method and info.family == "synthetic" for info in self.methods)
 
     def tasks(self) -> tuple[str, ...]:
         """Names of the tasks, in order."""

@@ -104,8 +104,14 @@ def _row(scope: str, name: str, method: str, by_method: dict[str, list[Trial]], 
         decode_tokens_per_s=decoded / decode_s,
         tokens_per_forward=decoded / sum(t.forwards for t in own),
         peak_mib=max((t.peak_mib for t in own if t.peak_mib is not None), default=None),
+        joules_per_token=_energy(own),
         **_of_rounds(own),
     )
+
+
+def _energy(own: Sequence[Trial]) -> float | None:
+    known = [t.energy_j for t in own if t.energy_j is not None]
+    return sum(known) / sum(t.num_tokens for t in own) if len(known) == len(own) else None
 
 
 def _of_rounds(own: Sequence[Trial]) -> dict[str, Any]:
@@ -180,15 +186,15 @@ def log_ratios(trials: Sequence[Trial], method: str, base: str) -> dict[Key, flo
     return {key: median(values) for key, values in found.items()}
 
 
-def paired(differences: Sequence[float], comparisons: int, starts: float = 0.0) -> Difference:
+def paired(differences: Sequence[float], comparisons: int, starts: float = 0.0, trim: float = _TRIM) -> Difference:
     """The mean of paired log differences as a ratio, with a 95 % interval for all of so many comparisons together.
 
     A trimmed mean and its t interval (Tukey and McLaughlin 1963); the level is shared evenly (Bonferroni), so that many methods
-    do not find a difference by chance. starts: deviation of what the items of a run have in common, which they cannot tell of. At
-    least FEWEST_ITEMS differences.
+    do not find a difference by chance. starts: deviation of what the items of a run have in common, which they cannot tell of.
+    trim: part left out at each end. At least FEWEST_ITEMS differences.
     """
     values = sorted(differences)
-    count, cut = len(values), int(_TRIM * len(values))
+    count, cut = len(values), int(trim * len(values))
     assert count >= FEWEST_ITEMS
     kept = values[cut : count - cut]
     winsorised = [kept[0]] * cut + kept + [kept[-1]] * cut

@@ -173,8 +173,13 @@ class _Tally:
         return "within" if self.within else "exact"
 
 
+def _speculates(info: MethodInfo) -> bool:
+    """In our own runtime."""
+    return info.family in ("drafter", "synthetic")
+
+
 class _Judge:
-    """Compares outputs: transformers' other ways and plain decoding with `model.generate`, drafters with plain decoding."""
+    """Compares outputs: plain decoding and other runtimes with `model.generate`, drafters with plain decoding."""
 
     def __init__(self, target: Any, infos: Sequence[MethodInfo]) -> None:
         self._target, self._infos = target, {info.name: info for info in infos}
@@ -190,12 +195,12 @@ class _Judge:
         for base in (HF, PLAIN):
             if base in outputs:
                 self._references.setdefault((cell, item.number, base), outputs[base])
-        for name in sorted(outputs, key=lambda n: self._infos[n].family == "drafter"):
+        for name in sorted(outputs, key=lambda n: _speculates(self._infos[n])):
             self._one(name, cell, item, outputs[name])
 
     def _one(self, name: str, cell: Cell, item: Item, said: Tokens) -> None:
         info, tally = self._infos[name], self.tally(name, cell)
-        base = PLAIN if info.family == "drafter" else HF
+        base = PLAIN if _speculates(info) else HF
         if cell[1] and base == HF:
             tally.note = "sampled by another stream of random numbers, so there is nothing to compare with"
             return
@@ -213,7 +218,7 @@ class _Judge:
         """How many requests are the same, how many differ by rounding, and the first other difference in words."""
         exact, within, refused = 0, 0, ""
         # The same runtime adds in the same order in fp32; transformers' own kernels do not.
-        excusable = not cell[1] and (self._half or info.family != "drafter")
+        excusable = not cell[1] and (self._half or not _speculates(info))
         for prompt, ours, theirs in zip(item.prompts, said, reference, strict=True):
             if ours == theirs:
                 exact += 1
@@ -315,6 +320,7 @@ def trial_of(name: str, cell: Cell, item: Item, repeat: int, answer: Answer) -> 
         prefill_s=answer.prefill_s,
         forwards=answer.forwards,
         peak_mib=answer.peak_mib,
+        energy_j=answer.energy_j,
         **({} if answer.stats is None else _told(answer.stats)),
     )
 

@@ -19,7 +19,7 @@ from specdec.runner import ModelRunner, RunnerOptions
 from specdec.trees.chain import chain_tree
 from specdec.trees.host import tree_from_lists
 from specdec.trees.layout import chain_parents
-from specdec.types import Budget, Committed, Draft, Law, TokenTree
+from specdec.types import Budget, Committed, Draft, Law
 from specdec.verify.chooser import NoiseChooser
 from specdec.verify.coupled import coupled_pick
 
@@ -66,7 +66,7 @@ class DraftModelDrafter:
             return whole
         roots, logits = self.runner.extend(pending)
         if self.shape == "tree":
-            return Draft(self._grow(roots[:, 0], logits, budget, depth), Law.DETERMINISTIC)
+            return self._tree(roots[:, 0], logits, budget, depth)
         return self._chain(roots, logits, budget, depth)
 
     def commit(self, committed: Committed) -> None:
@@ -131,7 +131,7 @@ class DraftModelDrafter:
 
         return process, draw
 
-    def _grow(self, roots: Tensor, logits: Tensor, budget: Budget, depth: int) -> TokenTree:
+    def _tree(self, roots: Tensor, logits: Tensor, budget: Budget, depth: int) -> Draft:
         """Expand the most likely nodes of each level, then keep the most likely of all."""
         lengths = tuple(self.runner.cache.lengths)
         growth = Expansion(logits, width=max(budget.width), lengths=lengths)
@@ -139,4 +139,4 @@ class DraftModelDrafter:
             rows = growth.rows(self.runner.cache.shared)
             self.runner.cache.ensure(rows.span)
             growth.expand(self.runner.forward(rows)[0])
-        return growth.tree(roots, budget)
+        return Draft(growth.tree(roots, budget), Law.DETERMINISTIC)

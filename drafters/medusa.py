@@ -166,7 +166,7 @@ class _HeadRunner:
         needed = 4 * sum(p.numel() for p in (*heads.parameters(), *([] if lm_head_weight is None else [lm_head_weight])))
         self._packed = on_cpu and (slow or heads.weight.dtype is torch.float32) and needed <= RunnerOptions().pack_limit_bytes
         self.dtype = torch.float32 if self._packed else heads.weight.dtype
-        self.device, self.forward_s = heads.weight.device, 0.0
+        self.device, self.forward_s, self.cold = heads.weight.device, 0.0, 0
         self._versions: list[int] | None = None
 
     def refresh(self) -> None:

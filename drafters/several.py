@@ -93,6 +93,11 @@ class Runners:
         """Seconds spent in all their forwards so far."""
         return float(sum([runner.forward_s for runner in self._runners]))
 
+    @property
+    def cold(self) -> int:
+        """Their calls so far whose times say nothing of later ones."""
+        return int(sum([runner.cold for runner in self._runners]))
+
 
 def named(drafters: Mapping[str, Drafter] | Sequence[Drafter]) -> dict[str, Drafter]:
     """The drafters by name, in order; of a sequence, the second "suffix" is "suffix-2". Raises SpecDecError for anything else."""

@@ -3,7 +3,7 @@
 `AttentionContext` travels through the model's forward as `tree_ctx=`. Each layer appends its K and V rows to the cache
 and attends. Backends: "triton" (the tree attention kernel: CUDA, and Triton's interpreter), "sdpa" (CPU and CUDA: the query
 group packed into rows, so that K and V are never repeated) and "reference" (the twin of the padded layout, also used where SDPA
-cannot: soft-capped logits).
+cannot: soft-capped logits and sinks).
 """
 
 from __future__ import annotations
@@ -55,26 +55,30 @@ class AttentionContext:
         self._row_of = None if self._single else request_of_row(rows)
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, layer: int, scale: float, window: int | None, softcap: float | None
-    ) -> Tensor:
-        """Append K and V, then attend. query: [1, H, R, D], key, value: [1, Hkv, R, D]. Returns [1, R, H, D]."""
+        self, query: Tensor, key: Tensor, value: Tensor, layer: int, scale: float, window: int | None,
+        softcap: float | None, sinks: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Append K and V, then attend. query: [1, H, R, D], key, value: [1, Hkv, R, D]. Returns [1, R, H, D].
+
+        sinks: [H], one more logit of each head that has no value.
+        """
         keys, values = self._append(key, value, layer)
+        how = Logits(scale, window, softcap, None if sinks is None else sinks.float())
         if self.backend == "triton":
-            return self._triton(query, layer, Logits(scale, window, softcap))
+            return self._triton(query, layer, how)
         if self._parts:
             parts = zip(self._parts, query.split([part.rows.sizes[0] for part in self._parts], 2), strict=True)
-            return torch.cat([part._padded(own, *part._view(layer), scale, window, softcap) for part, own in parts], 1)
-        return self._padded(query, keys, values, scale, window, softcap)
+            return torch.cat([part._padded(own, *part._view(layer), how) for part, own in parts], 1)
+        return self._padded(query, keys, values, how)
 
-    def _padded(
-        self, query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None, softcap: float | None
-    ) -> Tensor:
+    def _padded(self, query: Tensor, keys: Tensor, values: Tensor, how: Logits) -> Tensor:
         """Attention over a rectangle of rows. Returns [1, R, H, D]."""
         padded = self._pad(query)
-        if softcap is not None or self.backend == "reference":
-            out = reference.tree_attention(padded, keys, values, self.seen(window), scale=scale, softcap=softcap)
+        if how.softcap is not None or how.sinks is not None or self.backend == "reference":
+            seen = self.seen(how.window)
+            out = reference.tree_attention(padded, keys, values, seen, scale=how.scale, softcap=how.softcap, sinks=how.sinks)
         else:
-            out = self._sdpa(padded, keys, values, scale, window)
+            out = self._sdpa(padded, keys, values, how.scale, how.window)
         return self._unpad(out)
 
     def seen(self, window: int | None) -> Tensor:
@@ -136,7 +140,8 @@ class AttentionContext:
     def _unpad(self, out: Tensor) -> Tensor:
         """[B, H, N, D] to [1, R, H, D]."""
         if self._single:
-            return out.transpose(1, 2)
+            # Some families view what they are given.
+            return out.transpose(1, 2).contiguous()
         nodes = out.transpose(1, 2)
         if self._index is None:
             return nodes.reshape(1, -1, *nodes.shape[2:])
@@ -197,15 +202,16 @@ class DeviceContext:
         self.slots, self.row_of, self.groups, self.layers = slots, row_of, groups, layers
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, layer: int, scale: float, window: int | None, softcap: float | None
-    ) -> Tensor:
+        self, query: Tensor, key: Tensor, value: Tensor, layer: int, scale: float, window: int | None,
+        softcap: float | None, sinks: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """See `AttentionContext.attend`."""
         from specdec.kernels.tree_attention import tree_attention
 
         keys, values = self.layers[layer]
         keys[self.row_of, :, self.slots] = key[0].transpose(0, 1)
         values[self.row_of, :, self.slots] = value[0].transpose(0, 1)
-        how = Logits(scale, window, softcap)
+        how = Logits(scale, window, softcap, None if sinks is None else sinks.float())
         return tree_attention(query[0].transpose(0, 1), KeyValues(keys, values), self.groups, how)[None]
 
 

@@ -11,12 +11,14 @@ from specdec.kernels.tiles import Items, KeyValues, Logits
 
 
 def tree_attention(
-    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, *, scale: float, softcap: float | None = None
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, *, scale: float, softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Softmax attention of each node over the slots that it sees, in the dtype given.
 
     query: [B, H, N, D].  key, value: [B, H // G, S, D].  seen: [B, N, S] bool, no row empty.  Returns [B, H, N, D].
     softcap: logits become softcap * tanh(logits / softcap) before the mask (Gemma 2).
+    sinks: [H], one more logit of each head, which takes weight and has no value (GPT-OSS).
     """
     batch, heads, nodes, width = query.shape
     kv_heads = key.shape[1]
@@ -25,7 +27,11 @@ def tree_attention(
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     hidden = ~seen.repeat(1, heads // kv_heads, 1)[:, None]
-    weights = logits.masked_fill(hidden, float("-inf")).to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
+    logits = logits.masked_fill(hidden, float("-inf"))
+    if sinks is not None:
+        own = sinks.to(logits.dtype).view(kv_heads, -1, 1).expand(-1, -1, nodes).reshape(1, kv_heads, -1, 1)
+        logits = torch.cat((logits, own.expand(batch, -1, -1, -1)), 3)
+    weights = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)[..., : key.shape[2]]
     return torch.matmul(weights.to(value.dtype), value).reshape(batch, heads, nodes, value.shape[3])
 
 

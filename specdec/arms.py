@@ -16,6 +16,8 @@ _FOLLOW = 0.05
 _FIRST_WAIT, _LONGEST_WAIT = 48, 768
 # A draft is at most so many times as deep as what was measured, and one more: a guess is not trusted further.
 _DEEPER = 2
+# How deep a draft may be of which nothing was measured.
+_FIRST_DEPTH = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ class Arm:
     def plans(self, load: Load, costs: CostModel, most: Limits, *, hoped: bool) -> list[Plan]:
         """The best plan for every limit of depth. hoped: see `Curve.hoped`."""
         batch, width = len(load.requests), self.width
-        deepest = min(_DEEPER * costs.deepest(self.name, width, batch) + 1, most.depth)
+        deepest = min(max(_DEEPER * costs.deepest(self.name, width, batch) + 1, _FIRST_DEPTH), most.depth)
         paths = self._paths(load, deepest, max(min(most.nodes, most.together // batch), 1))
         scores = [[score for score, _ in own] for own in paths]
         depths = [[depth for _, depth in own] for own in paths]

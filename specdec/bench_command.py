@@ -12,15 +12,19 @@ from typing import Any, get_args
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import Progress
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specdec.bench.advise import Advice, advise
-from specdec.bench.compare import Report, compare
+from specdec.bench.against import Judged, Plan, Side, checkout, run_against, working_tree
+from specdec.bench.compare import MARGIN, Report, Verdict, compare, whole
 from specdec.bench.markdown import markdown
-from specdec.bench.methods import ASSISTED, LOOKUP, NamedDrafter, make_methods
+from specdec.bench.methods import ASSISTED, COMPILED, LOOKUP, STATIC, Method, NamedDrafter, Selection, make_methods
+from specdec.bench.peers import ENGINES, peer
 from specdec.bench.records import ALL, HF, PLAIN, Interval, Results, Settings, read_results, write_results
 from specdec.bench.suite import run_suite, this_machine
+from specdec.bench.synthetic import synthetic_methods
 from specdec.bench.workloads import QUICK, Choice, Prompts, load_prompts
 from specdec.bundled import BUNDLED, Role, bundled_path, checkpoint
 from specdec.drafters.draft_model import DraftModelDrafter
@@ -38,7 +42,10 @@ _PAGE = "specdec.bench.page"
 
 @dataclass(frozen=True, slots=True)
 class BenchOptions:
-    """The command's options; None is what `run_bench` says. drafters: names, paths, or NAME=PATH.  output: a folder."""
+    """The command's options; None is what `run_bench` says. drafters: names, paths, or NAME=PATH.  output: a folder.
+
+    compiled: the baseline that takes a minute to compile.  synthetic: acceptance rates to imitate.  peers: engines, NAME=MODEL.
+    """
 
     quick: bool = False
     target: str = BUNDLED
@@ -59,6 +66,9 @@ class BenchOptions:
     output: Path | None = None
     resume: bool = False
     command: str = ""
+    compiled: bool | None = None
+    synthetic: tuple[float, ...] = ()
+    peers: tuple[str, ...] = ()
 
 
 def run_bench(options: BenchOptions, console: Console) -> bool:
@@ -71,7 +81,7 @@ def run_bench(options: BenchOptions, console: Console) -> bool:
     path = checkpoint(options.target, "target")
     target, tokenizer = _loaded(path, options.dtype)
     prompts = _prompts(options, target, tokenizer)
-    methods = make_methods(target, _drafters(options, target), planner=options.planner, verifier=options.verifier)
+    methods = _methods(options, target, path)
     folder = options.output or Path(f"bench-{datetime.now(UTC):%Y%m%d-%H%M%S}")
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -123,6 +133,92 @@ def run_compare(before: Path, after: Path, margin: float, console: Console) -> R
     console.print(table)
     console.print(f"verdict: {report.verdict}", highlight=False)
     return report
+
+
+@dataclass(frozen=True, slots=True)
+class AgainstOptions:
+    """Of `compare --against`. reference: a commit, tag or branch.  drafters: as in `BenchOptions`, beside plain decoding.
+
+    threads: of each side; with several, any other work on the machine stalls them all.
+    """
+
+    reference: str
+    target: str = BUNDLED
+    drafters: tuple[str, ...] = ("draft",)
+    margin: float = MARGIN
+    seconds: float = 120.0
+    max_new_tokens: int = 24
+    starts: int = 2
+    dtype: str | None = None
+    planner: str | None = None
+    threads: int = 1
+
+
+def run_compare_against(options: AgainstOptions, console: Console) -> Verdict:
+    """Compare the working tree with another commit, interleaved, and show the verdict of each method. Raises SpecDecError."""
+    root = working_tree()
+    methods: dict[str, str | None] = {PLAIN: None}
+    for text in options.drafters:
+        name, source = _named(text)
+        methods[name] = source
+    plan = Plan(
+        target=checkpoint(options.target, "target"),
+        methods=methods,
+        prompts=_short_prompts(options),
+        new=options.max_new_tokens,
+        seconds=options.seconds,
+        starts=options.starts,
+        dtype=options.dtype,
+        planner=options.planner,
+        threads=options.threads,
+    )
+    with checkout(root, options.reference) as folder, Progress(console=console, transient=True) as progress:
+        task = progress.add_task("both in turns", total=1.0)
+        sides = Side(options.reference, folder), Side("working tree", root)
+        found = run_against(*sides, plan, margin=options.margin, advance=lambda part: progress.update(task, completed=part))
+    _show_against(options.reference, found, console)
+    return whole([own.verdict for own in found])
+
+
+def compare_command(
+    before: Path | None, after: Path | None, against: AgainstOptions | None, margin: float, console: Console
+) -> Verdict:
+    """Compare two runs, or the working tree with a commit. Raises SpecDecError for both and for neither."""
+    if against is not None and before is None:
+        return run_compare_against(against, console)
+    if against is not None or before is None or after is None:
+        raise SpecDecError("give two runs to compare, or --against and a commit without any")
+    return run_compare(before, after, margin, console).verdict
+
+
+def _short_prompts(options: AgainstOptions) -> tuple[tuple[int, ...], ...]:
+    tokenizer = load_tokenizer(checkpoint(options.target, "target"))
+    if tokenizer is None:
+        raise CheckpointError(f"--target {options.target}: transformers finds no tokenizer there, and the prompts need one")
+    return tuple(prompt.ids for prompt in load_prompts(QUICK, tokenizer, None, options.max_new_tokens).prompts)
+
+
+def _named(text: str) -> tuple[str, str]:
+    """A drafter's label, and what each checkout loads for it: its own bundled one, or the same name or path."""
+    name, named, source = text.partition("=")
+    source = source if named else name
+    label = name if named else _LABELS.get(source, Path(source).name)
+    return label, f"{BUNDLED}:{source}" if source in _LABELS else source
+
+
+def _show_against(reference: str, found: Sequence[Judged], console: Console) -> None:
+    table = Table(title=f"working tree against {reference}, in turns", title_justify="left")
+    for heading in ("method", "before, tokens/s", "after", "change", "verdict", "would find", "pairs"):
+        table.add_column(heading, justify="left" if heading in ("method", "verdict") else "right")
+    for own in found:
+        seen = "" if own.resolution is None else f"{own.resolution - 1:.1%}"
+        cells = f"{own.before:.1f}", f"{own.after:.1f}", _interval(own.ratio, 3), own.verdict, seen, str(own.pairs)
+        table.add_row(escape(own.method), *cells)
+    console.print(table)
+    for own in found:
+        if own.reason:
+            console.print(f"[bold red]refused[/]: {escape(own.method)}: {escape(own.reason)}", highlight=False)
+    console.print(f"verdict: {whole([own.verdict for own in found])}", highlight=False)
 
 
 def run_advise(path: Path, console: Console) -> tuple[Advice, ...]:
@@ -193,12 +289,22 @@ def _settings(options: BenchOptions, target: Any) -> Settings:
     )
 
 
+def _methods(options: BenchOptions, target: PreTrainedModel, path: str) -> tuple[Method, ...]:
+    """Compiling takes a minute a size, so --quick leaves it out unless it is asked for."""
+    drafters = _drafters(options, target)
+    compiled = not options.quick if options.compiled is None else options.compiled
+    selection = Selection(options.planner, options.verifier, static=True, compiled=compiled)
+    peers = [peer(text, target, path) for text in options.peers]
+    imitations = synthetic_methods(target, drafters, options.synthetic, selection)
+    return (*make_methods(target, drafters, selection), *peers, *imitations)
+
+
 def _drafters(options: BenchOptions, target: PreTrainedModel) -> list[NamedDrafter]:
     asked = options.drafters or (_BUNDLED if options.target == BUNDLED else _ANYWHERE)
     found: list[NamedDrafter] = []
     for text in asked:
         own = _drafter(text, target)
-        taken = {HF, PLAIN, LOOKUP, ASSISTED, *(other.name for other in found)}
+        taken = {HF, PLAIN, LOOKUP, ASSISTED, STATIC, COMPILED, *ENGINES, *(other.name for other in found)}
         if own.name in taken:
             raise SpecDecError(f"--drafter {text}: the name {own.name!r} is taken; give another as NAME={own.source}")
         found.append(own)
@@ -229,18 +335,27 @@ def _interval(interval: Interval | None, digits: int = 2) -> str:
 
 
 def _show(results: Results, console: Console) -> None:
-    for batch, temperature in dict.fromkeys((row.batch, row.temperature) for row in results.rows):
-        table = Table(title=f"batch {batch}, temperature {temperature:g}, {results.settings.dtype}", title_justify="left")
-        for heading in ("method", "tokens/s", "over generate", "over plain", "tokens a round", "drafting", "outside forwards"):
-            table.add_column(heading, justify="left" if heading == "method" else "right")
-        own = [r for r in results.rows if (r.batch, r.temperature, r.scope) == (batch, temperature, ALL)]
-        for row in own:
-            told = (row.acceptance_length, ".2f"), (row.draft_share, ".0%"), (row.overhead_share, ".0%")
-            numbers = ["" if value is None else format(value, form) for value, form in told]
-            ratios = _interval(row.vs_generate), _interval(row.vs_plain)
-            table.add_row(row.method, f"{row.tokens_per_s.value:.1f}", *ratios, *numbers)
-        console.print(table)
+    cells = dict.fromkeys((row.batch, row.temperature) for row in results.rows)
+    synthetic = [info.name for info in results.methods if info.family == "synthetic"]
+    real = [info.name for info in results.methods if info.family != "synthetic"]
+    for batch, temperature in cells:
+        _show_rows(results, batch, temperature, real, "", console)
+    for batch, temperature in cells if synthetic else ():
+        _show_rows(results, batch, temperature, synthetic, "SYNTHETIC acceptance, cost alone: ", console)
     _show_left_out(results, console)
+
+
+def _show_rows(results: Results, batch: int, temperature: float, names: Sequence[str], head: str, console: Console) -> None:
+    table = Table(title=f"{head}batch {batch}, temperature {temperature:g}, {results.settings.dtype}", title_justify="left")
+    for heading in ("method", "tokens/s", "over generate", "over plain", "tokens a round", "drafting", "outside forwards"):
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    own = [r for r in results.rows if (r.batch, r.temperature, r.scope) == (batch, temperature, ALL) and r.method in names]
+    for row in own:
+        told = (row.acceptance_length, ".2f"), (row.draft_share, ".0%"), (row.overhead_share, ".0%")
+        numbers = ["" if value is None else format(value, form) for value, form in told]
+        ratios = _interval(row.vs_generate), _interval(row.vs_plain)
+        table.add_row(row.method, f"{row.tokens_per_s.value:.1f}", *ratios, *numbers)
+    console.print(table)
 
 
 def _show_left_out(results: Results, console: Console) -> None:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 
-Forward = Callable[[Tensor, Tensor, Any], tuple[Tensor, ...]]
+Outputs = tuple[Tensor, ...]
+Forward = Callable[[Tensor, Tensor, Any], Outputs]
 
 _BRANCHING = frozenset({"item", "__bool__", "__int__", "__float__", "__index__", "tolist", "nonzero", "__iter__"})
 # These return their input's values unchanged where shape, dtype and device come out the same.
@@ -27,10 +28,11 @@ class _CannotCapture(Exception):
 
 
 class _Recorder(TorchFunctionMode):
-    """Writes down every tensor operation that runs while it is active, and stands for the attention context."""
+    """Writes down every tensor operation that runs while it is active, and stands before the attention context."""
 
-    def __init__(self, inputs: Sequence[Tensor]) -> None:
+    def __init__(self, inputs: Sequence[Tensor], context: Any) -> None:
         super().__init__()
+        self._context = context
         self.lines: list[str] = []
         self.constants: dict[str, Any] = {}
         self._names: dict[int, str] = {id(t): name for t, name in zip(inputs, ("tokens", "positions"), strict=True)}
@@ -55,12 +57,13 @@ class _Recorder(TorchFunctionMode):
         return out
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, layer: int, scale: float, window: int | None, softcap: float | None
-    ) -> Tensor:
-        """Note one layer's attention; see `AttentionContext.attend`. The values do not matter while recording."""
+        self, query: Tensor, key: Tensor, value: Tensor, layer: int, scale: float, window: int | None,
+        softcap: float | None, sinks: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Note one layer's attention as one operation; see `AttentionContext.attend`."""
         with torch._C.DisableTorchFunction():
-            out = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
-        self._name(out, self._assign(f"attend({self._call((query, key, value, layer, scale, window, softcap), {})})"))
+            out: Tensor = self._context.attend(query, key, value, layer, scale, window, softcap, sinks)
+        self._name(out, self._assign(f"attend({self._call((query, key, value, layer, scale, window, softcap, sinks), {})})"))
         return out
 
     def _note(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
@@ -123,13 +126,13 @@ def _alike(a: Tensor, b: Tensor) -> bool:
     return (a.shape, a.dtype, a.device, a.stride()) == (b.shape, b.dtype, b.device, b.stride())
 
 
-def capture(forward: Forward, tokens: Tensor, positions: Tensor) -> Forward | str:
-    """The forward for this many rows as one straight function, or the reason why it cannot be captured.
+def capture(forward: Forward, tokens: Tensor, positions: Tensor, context: Any) -> tuple[Outputs, Forward] | str:
+    """Run the forward, and give its results and itself for this many rows as one straight function; or why that cannot be.
 
-    forward: (tokens [1, R], positions [1, R], context) to a tuple of tensors. The result takes the same arguments and gives
+    forward: (tokens [1, R], positions [1, R], context) to a tuple of tensors. The function takes the same arguments and gives
     the same values, bit for bit; the caller checks that once on real inputs.
     """
-    recorder = _Recorder((tokens, positions))
+    recorder = _Recorder((tokens, positions), context)
     try:
         with recorder:
             results = forward(tokens, positions, recorder)
@@ -139,8 +142,7 @@ def capture(forward: Forward, tokens: Tensor, positions: Tensor) -> Forward | st
     body = "\n    ".join(["attend = context.attend", *_forgetting(recorder.lines, names), f"return ({names},)"])
     namespace = dict(recorder.constants)
     exec(compile(f"def run(tokens, positions, context):\n    {body}\n", "<captured forward>", "exec"), namespace)
-    run: Forward = namespace["run"]
-    return run
+    return results, namespace["run"]
 
 
 def _forgetting(lines: list[str], results: str) -> list[str]:

@@ -258,6 +258,9 @@ def bench_run(
     trained_length: Annotated[int | None, typer.Option(min=1, help="tokens the target was trained on; splits the results")] = None,
     output: Annotated[Path | None, typer.Option(help="folder to write; a new one by default")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --output")] = False,
+    compiled: Annotated[bool | None, typer.Option(help="generate by torch.compile; not with --quick by default")] = None,
+    synthetic: Annotated[list[float] | None, typer.Option(help="cost alone, at this acceptance rate; may be repeated")] = None,
+    peer: Annotated[list[str] | None, typer.Option(help="vllm, sglang, llama.cpp=MODEL.gguf; may be repeated")] = None,
 ) -> None:
     """Measure every drafter beside plain decoding and transformers' own; exit code 1 when an output is not the target's."""
     from specdec.bench_command import BenchOptions, command_line, run_bench
@@ -265,23 +268,37 @@ def bench_run(
     lists = (tuple(drafter or ()), tuple(prompts or ()), tuple(workload or ()), tuple(batch or (1,)), tuple(temperature or (0.0,)))
     sizes = (max_new_tokens, repeats, per_task, longest, trained_length)
     typed = command_line(sys.argv[1:])
-    options = BenchOptions(quick, target, *lists, *sizes, dtype, planner, verifier, seed, output, resume, typed)
+    more = (compiled, tuple(synthetic or ()), tuple(peer or ()))
+    options = BenchOptions(quick, target, *lists, *sizes, dtype, planner, verifier, seed, output, resume, typed, *more)
     if not run_bench(options, Console()):
         raise typer.Exit(1)
 
 
 @benchmark.command("compare")
 def bench_compare(
-    before: Annotated[Path, typer.Argument(help="results.json of a run, or its folder")],
-    after: Annotated[Path, typer.Argument(help="of the run to judge")],
+    before: Annotated[Path | None, typer.Argument(help="results.json of a run, or its folder")] = None,
+    after: Annotated[Path | None, typer.Argument(help="of the run to judge")] = None,
+    against: Annotated[str | None, typer.Option(help="instead of two runs: this commit and the working tree in turns")] = None,
+    drafter: Annotated[list[str] | None, typer.Option(help="with --against: as in run; may be repeated; draft by default")] = None,
+    seconds: Annotated[float, typer.Option(min=1.0, help="with --against: of measuring, starts apart")] = 120.0,
+    planner: Annotated[str | None, typer.Option(help="with --against: a planner's name")] = None,
+    dtype: Annotated[str | None, typer.Option(help="with --against: of the target")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="with --against: of each side")] = 1,
     margin: Annotated[float, typer.Option(min=0.0, help="smaller changes than this part are no difference")] = 0.02,
     fail_if_slower: Annotated[bool, typer.Option("--fail-if-slower", help="exit code 1 when the verdict is slower")] = False,
 ) -> None:
-    """Say whether one run is faster than another, by each method's ratio to plain decoding in its own run."""
-    from specdec.bench_command import run_compare
+    """Say whether one run is faster than another by ratios to plain decoding, or the working tree than a commit."""
+    from dataclasses import replace
 
-    report = run_compare(before, after, margin, Console())
-    if fail_if_slower and report.verdict == "slower":
+    from specdec.bench_command import AgainstOptions, compare_command
+
+    asked = None
+    if against:
+        chosen = tuple(drafter or ("draft",))
+        how = AgainstOptions(against, drafters=chosen, margin=margin, seconds=seconds)
+        asked = replace(how, dtype=dtype, planner=planner, threads=threads)
+    verdict = compare_command(before, after, asked, margin, Console())
+    if verdict == "outputs differ" or (fail_if_slower and verdict == "slower"):
         raise typer.Exit(1)
 
 

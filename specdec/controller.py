@@ -50,9 +50,33 @@ class Step:
 
 
 class Timed(Protocol):
-    """What runs a model and says how long. forward_s: seconds in its forwards so far."""
+    """What runs a model and says how long. forward_s: seconds in its forwards so far.
+
+    cold: calls so far that were the first of their size or prepared it.
+    """
+
+    @property
+    def forward_s(self) -> float:
+        """See above."""
+
+    @property
+    def cold(self) -> int:
+        """See above."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Counted:
+    """What the runners have counted so far, or within a round. See `Timed`."""
 
     forward_s: float
+    target_cold: int
+    draft_cold: int
+
+    def since(self, before: _Counted) -> _Counted:
+        """What was added."""
+        return _Counted(
+            self.forward_s - before.forward_s, self.target_cold - before.target_cold, self.draft_cold - before.draft_cold
+        )
 
 
 class Controller:
@@ -82,7 +106,7 @@ class Controller:
 
     def step(self, load: Load, last_tokens: Sequence[int]) -> Step:
         """One round for load.requests, which are the cache's rows in order; last_tokens[i] is node 0 of row i."""
-        began, forward_s = perf_counter(), self._forward_s()
+        began, before = perf_counter(), self._counted()
         budget = self.planner.plan(load)
         draft = self.planner.select(self._propose(budget, last_tokens))
         drafted = perf_counter()
@@ -90,7 +114,8 @@ class Controller:
         if self.drafter is not None:
             self.drafter.commit(judged.committed)
         slots = _slots(draft)
-        stats = _round_stats(draft, budget, judged, (began, drafted, perf_counter()), self._forward_s() - forward_s, slots)
+        counted = self._counted().since(before)
+        stats = _round_stats(draft, budget, judged, (began, drafted, perf_counter()), counted, slots)
         self.planner.observe(stats)
         return Step(judged, stats)
 
@@ -139,8 +164,9 @@ class Controller:
         requests, starts = on_device([load.requests, load.lengths], device)
         return NoiseChooser(self.noise, requests, starts, Stream.ACCEPT)
 
-    def _forward_s(self) -> float:
-        return sum(runner.forward_s for runner in self._runners)
+    def _counted(self) -> _Counted:
+        draft = self._runners[1:]
+        return _Counted(sum([r.forward_s for r in self._runners]), self.target.cold, sum([r.cold for r in draft]))
 
 
 def _slots(draft: Draft) -> tuple[tuple[Slot, ...], ...] | None:
@@ -156,7 +182,7 @@ def _round_stats(
     budget: Budget,
     judged: Judged,
     marks: tuple[float, float, float],
-    forward_s: float,
+    counted: _Counted,
     slots: tuple[tuple[Slot, ...], ...] | None,
 ) -> RoundStats:
     """marks: when the round began, when it had drafted, and when it ended."""
@@ -173,7 +199,9 @@ def _round_stats(
         target_s=judged.scored - drafted,
         verify_s=judged.verified - judged.scored,
         other_s=ended - judged.verified,
-        forward_s=forward_s,
+        forward_s=counted.forward_s,
+        cold_draft=counted.draft_cold > 0,
+        cold_target=counted.target_cold > 0,
         drafter=budget.drafter,
         forecast=budget.forecast,
         paths=judged.committed.paths,

@@ -19,10 +19,14 @@ _STALE = 384
 _SIZE_FOLLOWS, _PACE_FOLLOWS, _MOST = 0.03, 0.1, 1.5
 # Growth for each row or step of the first size measured, while nothing else is known.
 _GUESSED_GROWTH = 0.05
+# Share of the expected growth that an unmeasured size is hoped to show.
+_HOPED_GROWTH = 0.5
 # Sizes that lie so near to a measured one count as measured.
 _NEAR = 0.12
 # Batch sizes that share their measurements; above them steps of a third.
 _BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+# A round that took longer or shorter by a larger share than this counts as one by this share, where contexts are compared.
+_OUTLIES = 0.25
 # How much of what was seen of contexts stays from round to round; how fast the means of a size follow; deviation of contexts, in
 # tokens, from which on their slope is believed.
 _CONTEXT_STAYS, _MEANS_FOLLOW, _SURE = 0.99, 0.02, 50.0
@@ -31,8 +35,9 @@ _CONTEXT_STAYS, _MEANS_FOLLOW, _SURE = 0.99, 0.02, 50.0
 class Curve:
     """Seconds by size: as measured where that was, and not falling with size between and beyond measured ones."""
 
-    def __init__(self, known: Mapping[int, float] | None = None) -> None:
-        """known: seconds by size that count as measured well enough to be known."""
+    def __init__(self, known: Mapping[int, float] | None = None, *, in_steps: bool = False) -> None:
+        """known: seconds by size that count as measured well enough.  in_steps: taken to grow with size from nothing."""
+        self._in_steps = in_steps
         self._samples: dict[int, list[float]] = {}
         self._typical: dict[int, float] = {}
         self._last: dict[int, int] = {}
@@ -85,9 +90,11 @@ class Curve:
         return len(self._samples[size]) if self._now - self._last[size] <= _STALE else 0
 
     def hoped(self, size: float) -> float:
-        """The least that it can take: what the largest known size up to it does; of no known size, what the least one did."""
+        """The least that it may take: growing half as fast as expected beyond the largest known size."""
         known = [self._typical[own] for own in self._sizes if own <= size and self._fresh(own) >= _KNOWN]
-        return known[-1] if known else self._values[0]
+        if not known or (len(known) < 2 and not self._in_steps):
+            return known[-1] if known else self._values[0]
+        return known[-1] + _HOPED_GROWTH * max(self.at(size) - known[-1], 0.0)
 
     def at(self, size: float) -> float:
         """Seconds: measured, interpolated between measured neighbours, or carried on beyond the last ones."""
@@ -97,7 +104,8 @@ class Curve:
         if size <= sizes[0]:
             return values[0]
         if size >= sizes[-1]:
-            steep = _GUESSED_GROWTH * values[0] if len(sizes) == 1 else (values[-1] - values[-2]) / (sizes[-1] - sizes[-2])
+            guessed = values[0] / sizes[0] if self._in_steps else _GUESSED_GROWTH * values[0]
+            steep = guessed if len(sizes) == 1 else (values[-1] - values[-2]) / (sizes[-1] - sizes[-2])
             return values[-1] + steep * (size - sizes[-1])
         right = bisect_left(sizes, size)
         share = (size - sizes[right - 1]) / (sizes[right] - sizes[right - 1])
@@ -121,7 +129,8 @@ class ContextSlope:
     def observe(self, size: int, context: int, seconds: float) -> None:
         """A round."""
         where, took = self._means.get(size, (float(context), seconds))
-        off, late = context - where, seconds - took
+        # What else the machine did in a round says nothing of its context.
+        off, late = context - where, max(min(seconds - took, took * _OUTLIES), -took * _OUTLIES)
         self._means[size] = where + _MEANS_FOLLOW * off, took + _MEANS_FOLLOW * late
         self._both = _CONTEXT_STAYS * self._both + off * late
         self._own = _CONTEXT_STAYS * self._own + off * off
@@ -146,6 +155,7 @@ class CostModel:
         """Knows nothing yet."""
         self._target: dict[int, Curve] = {}
         self._draft: dict[tuple[str, int, int], Curve] = {}
+        self._by_rows = Curve()
         self._slope = ContextSlope()
         self._pace = 1.0
 
@@ -154,14 +164,15 @@ class CostModel:
         for batch, by_nodes in target_s.items():
             curve = self._target.setdefault(bucket(batch), Curve())
             for nodes, seconds in by_nodes.items():
-                for _ in range(_KNOWN):
-                    curve.add(batch + nodes, seconds)
+                for each in (curve, self._by_rows):
+                    for _ in range(_KNOWN):
+                        each.add(batch + nodes, seconds)
         self._slope = ContextSlope(context_s)
 
     def begin_draft_with(self, name: str, width: int, draft_s: Mapping[int, Mapping[int, float]]) -> None:
         """What a profile knows of a drafter. draft_s: seconds by batch size and depth."""
         for batch, by_depth in draft_s.items():
-            self._draft[name, width, bucket(batch)] = Curve(by_depth)
+            self._draft[name, width, bucket(batch)] = Curve(by_depth, in_steps=True)
 
     def observe(self, batch: int, nodes: int, context: int, target_s: float) -> None:
         """A finished round. nodes: drafted in all.  context: committed tokens of all requests.  target_s: all but the drafting."""
@@ -170,13 +181,16 @@ class CostModel:
         base = max(target_s - self._slope.seconds * context, 0.1 * target_s)
         curve = self._target.setdefault(bucket(batch), Curve())
         known, pace = curve.settled(rows), self._pace
+        self._by_rows.add(rows, base / pace)
         if known:
             self._pace *= within(base / (known * pace)) ** _PACE_FOLLOWS
         curve.add(rows, base / pace)
 
-    def observe_draft(self, name: str, width: int, batch: int, depth: int, draft_s: float) -> None:
-        """A finished draft of this depth."""
-        self._draft.setdefault((name, width, bucket(batch)), Curve()).add(depth, draft_s / self._pace, _PACE_FOLLOWS)
+    def observe_draft(self, name: str, width: int, batch: int, depth: int, draft_s: float, *, at_most: bool = False) -> None:
+        """A finished draft of this depth. at_most: it had more to do than draft, so it counts only where it was still faster."""
+        curve, seconds = self._draft.setdefault((name, width, bucket(batch)), Curve(in_steps=True)), draft_s / self._pace
+        if not at_most or not curve or seconds < curve.at(depth):
+            curve.add(depth, seconds, _PACE_FOLLOWS)
 
     def knows(self, batch: int) -> bool:
         """Whether anything was measured that tells what plain decoding of this batch size takes."""
@@ -184,8 +198,8 @@ class CostModel:
 
     def measured(self, batch: int, nodes: float) -> bool:
         """Whether rounds of about this size were measured often enough."""
-        curve = self._target.get(bucket(batch))
-        return curve is not None and curve.knows(batch + nodes)
+        curve, rows = self._curve_of(batch), batch + nodes
+        return curve.knows(rows) or (curve is self._by_rows and rows <= curve.largest)
 
     def plain(self, batch: int, context: int) -> float:
         """Seconds of a round without a draft."""
@@ -196,7 +210,7 @@ class CostModel:
 
         share: of what is asked for that is drafted.  hoped: the least that they can take, see `Curve.hoped`.
         """
-        curve = self._target[min(self._target, key=lambda known: abs(known - batch))]
+        curve = self._curve_of(batch)
         value, pace, always = curve.hoped if hoped else curve.at, self._pace, self._slope.seconds * context
         return [pace * value(batch + share * nodes) + always for nodes in range(most + 1)]
 
@@ -211,6 +225,16 @@ class CostModel:
         """The deepest draft that was measured."""
         curve = self._curve(name, width, batch)
         return 0 if curve is None else curve.largest
+
+    def _curve_of(self, batch: int) -> Curve:
+        """Of this batch size; until its plain rounds are measured, of all batch sizes together, which packed rows nearly decide."""
+        own = self._target.get(bucket(batch))
+        return own if own is not None and own.knows(batch) else self._by_rows
+
+    def knows_plain(self, batch: int) -> bool:
+        """Whether plain rounds of this very batch size were measured, and lately."""
+        own = self._target.get(bucket(batch))
+        return own is not None and own.knows(batch)
 
     def _curve(self, name: str, width: int, batch: int) -> Curve | None:
         own = [known for arm, across, known in self._draft if arm == name and across == width]

@@ -15,6 +15,7 @@ from specdec.errors import IncompatibleRuleError, SpecDecError, VocabularyMismat
 from specdec.goodput import GoodputPlanner
 from specdec.metrics import SpeculationStats, StatsCollector
 from specdec.noise import Noise
+from specdec.past import Past, RowPast, ingest, row_past
 from specdec.planner import FixedPlanner, Planner
 from specdec.processing import Processing
 from specdec.runner import ModelRunner, RunnerOptions
@@ -31,6 +32,7 @@ class Call:
 
     sampling: draw from the processed logits, else take their argmax.  seeded: the caller gave a seed.
     emit: told (request, kept new tokens) after each round.  prefill_chunk: most prompt rows in one forward.
+    past: what is known of the prompts, and how they are padded.  keep_past: the result is to have every request's keys and values.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -43,20 +45,26 @@ class Call:
     keep_scores: bool = False
     keep_logits: bool = False
     prefill_chunk: int | None = None
+    past: Past | None = None
+    keep_past: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """New tokens of each request, and per token its processed scores and raw logits [V] in fp32, when kept."""
+    """New tokens of each request, and per token its processed scores and raw logits [V] in fp32, when kept.
+
+    past: each request's keys and values, when kept; None for one that never ran.
+    """
 
     tokens: tuple[tuple[int, ...], ...]
     scores: tuple[tuple[Tensor, ...], ...] | None
     logits: tuple[tuple[Tensor, ...], ...] | None
     stats: SpeculationStats
+    past: tuple[RowPast | None, ...] = ()
 
 
 class Engine:
-    """A target, a drafter, a rule's name and a planner, checked against each other once."""
+    """A target, a drafter, a rule's name and a planner, checked against each other once. One call at a time."""
 
     def __init__(
         self,
@@ -75,7 +83,8 @@ class Engine:
         vocabulary = getattr(drafter, "vocabulary", self.runner.vocabulary)
         if vocabulary != self.runner.vocabulary:
             raise VocabularyMismatchError(
-                f"the draft model has {vocabulary} tokens, the target {self.runner.vocabulary}; use a draft of the same family"
+                f"the draft model has {vocabulary} tokens, the target {self.runner.vocabulary}; use a draft of the "
+                "same family, or specdec.drafters.vocab_map.VocabMap with both tokenizers"
             )
         device = getattr(getattr(drafter, "runner", None), "device", self.runner.device)
         if device != self.runner.device:
@@ -109,13 +118,17 @@ class Engine:
         drafter = None if call.processing.lockstep else self.drafter
         capacity = max(len(p) + min(call.stopping.room(i), 1 << 20) for i, p in enumerate(call.prompts)) + 64
         self.runner.begin(len(call.prompts), capacity)
-        self.runner.prefill([prompt[:-1] for prompt in call.prompts], call.prefill_chunk)
+        known = [0] * len(call.prompts)
+        if call.past is not None:
+            ingest(call.past, self.runner.cache)
+            known = [call.past.held(request) for request in range(len(known))]
+        self.runner.prefill([prompt[n:-1] for prompt, n in zip(call.prompts, known, strict=True)], call.prefill_chunk)
         if drafter is not None:
             sampling = None
             if call.sampling:
                 sampling = DraftSampling(process or _upcast, call.noise)
             drafter.begin(call.prompts, DraftSetup(self.runner.device, self.runner.vocabulary, capacity, law, sampling))
-        planner = FixedPlanner(nodes=0) if drafter is None else self.planner
+        planner = FixedPlanner(nodes=0) if drafter is None or call.processing.undecided else self.planner
         needs_scores = call.keep_scores or call.keep_logits
         return Controller(self.runner, drafter, rule, planner, call.noise, process, needs_scores=needs_scores)
 
@@ -142,6 +155,7 @@ class _Run:
         self.tokens: list[list[int]] = [[] for _ in range(count)]
         self.scores: list[list[Tensor]] = [[] for _ in range(count)]
         self.logits: list[list[Tensor]] = [[] for _ in range(count)]
+        self.past: list[RowPast | None] = [None] * count
         self.stats = StatsCollector(count)
 
     def result(self) -> Result:
@@ -153,7 +167,10 @@ class _Run:
         self.stats.prefill_s = ended - began
         while self.active:
             began = ended
+            undecided = self.call.processing.undecided
             step = controller.step(self._load(), [self._last(i) for i in self.active])
+            if undecided:
+                self._settle(controller)
             self._take(step)
             ended = perf_counter()
             self.stats.add(step.stats, ended - began)
@@ -162,7 +179,15 @@ class _Run:
             tuple(map(tuple, self.scores)) if self.call.keep_scores else None,
             tuple(map(tuple, self.logits)) if self.call.keep_logits else None,
             self.stats.stats(),
+            tuple(self.past),
         )
+
+    def _settle(self, controller: Controller) -> None:
+        """Speculate after a first step without, unless that showed a processor to keep state."""
+        if self.call.processing.lockstep:
+            controller.drafter = None
+        elif controller.drafter is not None:
+            controller.planner = self.engine.planner
 
     def _load(self) -> Load:
         prompts, room = self.call.prompts, self.call.stopping.room
@@ -188,6 +213,9 @@ class _Run:
                 self.call.emit(request, tokens)
             if not finished:
                 remaining.append(row)
+            elif self.call.keep_past:
+                length = len(self.call.prompts[request]) + len(self.tokens[request]) - 1
+                self.past[request] = row_past(self.engine.runner.cache, row, length)
         if len(remaining) < len(self.active):
             remaining = self.engine.runner.cache.closed_up(remaining)
             self.active = [self.active[row] for row in remaining]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,6 @@ from transformers import (
     StopStringCriteria,
 )
 from transformers.generation.streamers import BaseStreamer
-from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from specdec.bass import BassPlanner, HeuristicPlanner
 from specdec.confidence import ConfidencePlanner
@@ -28,17 +29,31 @@ from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.drafters.registry import FACTORIES, load_drafter, make_drafter
 from specdec.drafters.several import SeveralDrafters
 from specdec.engine import Call, Engine, Result
-from specdec.errors import InvalidRequestError, SpecDecError, UnsupportedModelError
+from specdec.errors import InvalidRequestError, SpecDecError
 from specdec.goodput import GoodputPlanner
 from specdec.loading import load_model, load_tokenizer
 from specdec.metrics import SpeculationStats
 from specdec.noise import Noise
+from specdec.output import SpeculativeOutput as SpeculativeOutput
+from specdec.output import asked_of, inner_values, output_of, padded
+from specdec.past import Past, complete, fill, length_of, past_of
 from specdec.planner import FixedPlanner, Planner
 from specdec.processing import Processing
-from specdec.request import check_arguments, check_config, check_lengths, check_model_kwargs, check_prompts, prompts_of
+from specdec.request import (
+    check_arguments,
+    check_config,
+    check_defaults,
+    check_lengths,
+    check_model_kwargs,
+    check_prompts,
+    mask_of,
+    pad_token,
+    prompts_of,
+)
 from specdec.runner import RunnerOptions
 from specdec.stopping import Stopping
 from specdec.streaming import StepStream
+from specdec.targets import adapter_state, causal_lm, unwrapped
 
 _PLANNERS: dict[str, Callable[[], Planner]] = {
     "goodput": GoodputPlanner,
@@ -48,17 +63,6 @@ _PLANNERS: dict[str, Callable[[], Planner]] = {
 }
 # What a drafter may be given as.
 OneDrafter = Drafter | nn.Module | str | Path
-
-
-@dataclass
-class SpeculativeOutput(GenerateDecoderOnlyOutput):
-    """`GenerateDecoderOnlyOutput` and what speculation did.
-
-    scores, logits: as HF gives them, one [B, V] fp32 tensor a step; where a request has finished its row is zeros.
-    attentions, hidden_states and past_key_values are None.
-    """
-
-    speculation: SpeculationStats | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +76,8 @@ class _Extras:
 class SpeculativeGenerator:
     """Generates what `target.generate` would, faster. The target is left as it was found.
 
+    Several generators may share a target, and threads a generator: its calls then wait for each other. A target may be compiled by
+    `torch.compile` or carry PEFT adapters; these are used in the state that they have when a call begins.
     stats: what speculation did in the last call, None before the first.
     """
 
@@ -95,12 +101,14 @@ class SpeculativeGenerator:
         global generator governs.  options: how the target's forwards are run, each fast way can be forced off there.
         Raises a SpecDecError when target, drafter and rule do not fit together.
         """
-        if getattr(getattr(target, "config", None), "is_encoder_decoder", False):
-            raise UnsupportedModelError(f"{type(target).__name__} is an encoder-decoder; a decoder-only causal LM is needed")
-        if not callable(getattr(target, "generate", None)):
-            raise UnsupportedModelError(f"{type(target).__name__} has no generate(); a transformers causal LM is needed")
         self.target, self.tokenizer, self.seed = target, tokenizer, _checked_seed(seed)
-        self.engine = Engine(target, as_drafter(drafter, target), verifier, _as_planner(planner), options)
+        self._model, self._options = causal_lm(target), options
+        # What is made in inference mode could not be written to outside of it.
+        with torch.inference_mode(False):
+            drafter = as_drafter(drafter, self._model)
+            self.engine = Engine(self._model, drafter, verifier, _as_planner(planner), options)
+        self._adapters = adapter_state(self._model)
+        self._lock, self._busy = threading.RLock(), False
         self.stats: SpeculationStats | None = None
 
     @classmethod
@@ -142,18 +150,20 @@ class SpeculativeGenerator:
         """What `target.generate` returns for the same arguments: LongTensor [B, length] or a `SpeculativeOutput`.
 
         kwargs: every argument of `generate`.  seed: for this call.  tokenizer: for stop strings; by default the
-        generator's own. Raises InvalidRequestError for what is not supported: other ways than greedy and sampling,
-        caches and embeddings as input, attentions and hidden states as output.
+        generator's own.  past_key_values: a DynamicCache to go on from, filled in place as `generate` does it; `input_ids` are the
+        whole text, or the new tokens alone where attention_mask covers both (drafters then know only these).
+        Raises InvalidRequestError for what is not supported: other ways than greedy and sampling, other caches, embeddings as
+        input.
         """
         check_arguments({"inputs": inputs, **kwargs})
+        check_defaults(kwargs, generation_config, getattr(self._model, "generation_config", None))
         extras = _Extras(streamer, self.seed if seed is None else _checked_seed(seed))
         kwargs, generation_config = self._take_strings(kwargs, generation_config, tokenizer or self.tokenizer)
 
         def decode(model: PreTrainedModel, input_ids: Tensor, **prepared: Any) -> Any:
             return self._decode(input_ids, extras, **prepared)
 
-        target: Any = self.target
-        return target.generate(inputs, generation_config, custom_generate=decode, **kwargs)
+        return self._model.generate(inputs, generation_config, custom_generate=decode, **kwargs)
 
     def decode(
         self,
@@ -171,7 +181,7 @@ class SpeculativeGenerator:
         transformers hands neither `streamer` nor `tokenizer` to a callable: pass `spec_streamer=` (a `streamer=` would
         be given the prompt and then nothing), and stop strings as a StopStringCriteria, or call `generate` here.
         """
-        if model is not self.target:
+        if model is not self._model:
             raise InvalidRequestError(
                 f"this generator was built for another model than this {type(model).__name__}; build one for it"
             )
@@ -197,25 +207,68 @@ class SpeculativeGenerator:
     ) -> Any:
         check_config(generation_config)
         check_model_kwargs(model_kwargs)
-        prompts = self._prompts(input_ids, model_kwargs)
-        pad = _pad_token(generation_config, stopping_criteria, len(prompts))
+        past_length = length_of(model_kwargs.get("past_key_values"))
+        mask = mask_of(input_ids, model_kwargs.get("attention_mask"), past_length, getattr(generation_config, "_mask_length", None))
+        prompts = self._prompts(input_ids, mask, model_kwargs.get("position_ids"))
+        past = past_of(model_kwargs, generation_config, mask.shape[1], prompts, past_length)
+        asked = asked_of(generation_config, input_ids, mask, tuple(spec.window for spec in self.engine.runner.specs))
+        pad = pad_token(generation_config, stopping_criteria, len(prompts))
         rows = input_ids.tolist()
         stopping = Stopping(stopping_criteria, rows, pad=pad, device=input_ids.device)
         check_lengths(prompts, tuple(map(stopping.room, range(len(rows)))), self.engine.runner.max_positions)
-        processing = Processing(logits_processor, rows, pad=pad, device=input_ids.device)
+        processing = Processing(logits_processor, rows, pad=pad, device=input_ids.device, watch=True)
         stream = StepStream(extras.streamer, input_ids, stopping, pad) if extras.streamer is not None else None
         emit = stream.emit if stream is not None else None
-        result = self.engine.run(_call(prompts, processing, stopping, generation_config, extras.seed, emit))
-        self.stats = result.stats
+        call = _call(prompts, processing, stopping, generation_config, extras.seed, emit, past)
+        with self._alone():
+            result = self.engine.run(call)
+            self.stats = result.stats
+            sequences = padded(input_ids, result.tokens, pad, stopping.total())
+            self._hand_over(past, result, prompts, sequences[:, input_ids.shape[1] :])
         if stream is not None:
             stream.end()
-        return _output(input_ids, result, pad, stopping.total(), bool(generation_config.return_dict_in_generate))
+        if not generation_config.return_dict_in_generate:
+            return sequences
+        inner = inner_values(self._model, sequences, mask, past_length, asked) if asked is not None else {}
+        return output_of(sequences, result, sequences.shape[1] - input_ids.shape[1], None if past is None else past.cache, inner)
 
-    def _prompts(self, input_ids: Tensor, model_kwargs: dict[str, Any]) -> tuple[tuple[int, ...], ...]:
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One call at a time, with the target's adapters as they are now, and outside of inference mode."""
+        with self._lock:
+            if self._busy:
+                raise InvalidRequestError(
+                    "this generator was called from within its own call; build a second one on the same target"
+                )
+            self._busy = True
+            try:
+                with torch.inference_mode(False):
+                    self._follow_adapters()
+                    yield
+            finally:
+                self._busy = False
+
+    def _follow_adapters(self) -> None:
+        """Build the engine anew when adapters were set, merged, switched or added since: modules of the twin are copies."""
+        state = adapter_state(self._model)
+        if state != self._adapters:
+            engine = self.engine
+            self.engine = Engine(self._model, engine.drafter, engine.verifier, engine.planner, self._options)
+            self._adapters = state
+
+    def _hand_over(self, past: Past | None, result: Result, prompts: tuple[tuple[int, ...], ...], new: Tensor) -> None:
+        """Fill the cache with the text but its last token, pads behind finished requests included. new: [B, steps]."""
+        if past is None:
+            return
+        texts = [[*prompt, *own][:-1] for prompt, own in zip(prompts, new.tolist(), strict=True)]
+        with torch.no_grad():
+            fill(past, complete(self.engine.runner, result.past, texts), len(texts[0]) + past.pads[0])
+
+    def _prompts(self, input_ids: Tensor, mask: Tensor, positions: Tensor | None) -> tuple[tuple[int, ...], ...]:
         runner = self.engine.runner
         if input_ids.device != runner.device:
             raise InvalidRequestError(f"input_ids are on {input_ids.device}, the target on {runner.device}; move them")
-        prompts = prompts_of(input_ids, model_kwargs.get("attention_mask"), model_kwargs.get("position_ids"))
+        prompts = prompts_of(input_ids, mask, positions)
         check_prompts(prompts, runner.vocabulary)
         return prompts
 
@@ -223,7 +276,7 @@ class SpeculativeGenerator:
         self, kwargs: dict[str, Any], config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase | None
     ) -> tuple[dict[str, Any], GenerationConfig | None]:
         """kwargs and config with stop strings made a criterion, as transformers would make it from the tokenizer."""
-        defaults = getattr(self.target, "generation_config", None)
+        defaults = getattr(self._model, "generation_config", None)
         sources = (config, defaults)
         given = [kwargs.get("stop_strings"), *(getattr(source, "stop_strings", None) for source in sources)]
         strings = next(filter(None, given), None)
@@ -257,7 +310,7 @@ def as_drafter(drafter: OneDrafter | Sequence[OneDrafter] | Mapping[str, OneDraf
     if isinstance(drafter, (str, Path)):
         return load_drafter(drafter, target)
     if isinstance(drafter, nn.Module):
-        return DraftModelDrafter(drafter)
+        return DraftModelDrafter(unwrapped(drafter))
     if isinstance(drafter, Drafter):
         return drafter
     raise SpecDecError(
@@ -307,6 +360,7 @@ def _call(
     config: GenerationConfig,
     seed: int | None,
     emit: Callable[[int, tuple[int, ...]], None] | None,
+    past: Past | None,
 ) -> Call:
     sampling, returns_dict = bool(config.do_sample), bool(config.return_dict_in_generate)
     return Call(
@@ -320,39 +374,6 @@ def _call(
         keep_scores=returns_dict and bool(config.output_scores),
         keep_logits=returns_dict and bool(config.output_logits),
         prefill_chunk=config.prefill_chunk_size,
+        past=past,
+        keep_past=past is not None,
     )
-
-
-def _pad_token(config: GenerationConfig, criteria: StoppingCriteriaList, requests: int) -> int:
-    """The pad token. Only a batch in which requests end at different steps needs one."""
-    pad = config._pad_token_tensor
-    if pad is not None:
-        return int(pad)
-    if requests > 1 and any(hasattr(c, "eos_token_id") for c in criteria):
-        raise InvalidRequestError("a batch with an end-of-sequence criterion needs pad_token_id; set it")
-    return 0
-
-
-def _output(input_ids: Tensor, result: Result, pad: int, total: int | None, returns_dict: bool) -> Any:
-    """The result in HF's form. total: new tokens of the longest request."""
-    longest = max(map(len, result.tokens))
-    steps = longest if total is None else min(total, longest)
-    new = [[*tokens[:steps], *[pad] * (steps - len(tokens))] for tokens in result.tokens]
-    sequences = torch.cat((input_ids, input_ids.new_tensor(new).view(len(new), steps)), 1)
-    if not returns_dict:
-        return sequences
-    fields: dict[str, Any] = {
-        "sequences": sequences,
-        "scores": _by_step(result.scores, steps),
-        "logits": _by_step(result.logits, steps),
-        "speculation": result.stats,
-    }
-    return SpeculativeOutput(**fields)
-
-
-def _by_step(rows: tuple[tuple[Tensor, ...], ...] | None, steps: int) -> tuple[Tensor, ...] | None:
-    """One [B, V] tensor a step from one [V] tensor a request and token."""
-    if rows is None:
-        return None
-    nothing = torch.zeros_like(next(own[0] for own in rows if own))
-    return tuple(torch.stack([own[step] if step < len(own) else nothing for own in rows]) for step in range(steps))

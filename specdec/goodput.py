@@ -18,8 +18,10 @@ from specdec.profile import Profile, check_fits, default_path, read_profile
 from specdec.types import Budget, Draft, DrafterTraits, Forecast, Load, RoundStats
 
 logger = logging.getLogger(__name__)
-# Plain rounds at the start of a batch size, and one among so many later: what speculation is compared with has to be measured.
-_FIRST_PLAIN, _PLAIN_EVERY = 3, 96
+# One round among so many is plain: what speculation is compared with has to be measured.
+_PLAIN_EVERY = 96
+# Rounds that a new batch size goes by what others took, before its plain rounds are measured.
+_BORROWS = 8
 # Rounds that a plan stays once so many times as many went by since something changed.
 _PLAN_STAYS, _SETTLES = 8, 8
 # Observations of its deepest level without which a plan stays for one round only.
@@ -28,15 +30,21 @@ _SEEN = 3.0
 _HYSTERESIS = 0.02
 # Drafting has to be expected to be better than plain decoding by as much: luck makes the best of many plans look better than it is.
 _WORTH = 1.05
+# What an unmeasured plan has to promise over the best that is known.
+_PROMISING = 1.08
 # Choices in which unmeasured sizes are looked for each time, and one among so many later.
 _SEARCHED, _SEARCHES = 32, 4
-# What trying unmeasured sizes may cost: a share of all time, and so many plain rounds on top.
-_HOPES_COST, _HOPES_FREE = 0.005, 2
+# What trying unmeasured sizes may cost: a share of all time, so many plain rounds, and a share of what drafting has gained.
+_HOPES_COST, _HOPES_FREE, _HOPES_OF_GAIN = 0.005, 3, 0.1
 # Rounds that a drafter is tried for.
 _TRIED = 2
 # In a trial one request of so many drafts, in batches of that many or more.
 _TRIAL_SHARE = 4
-# Rounds without a draft after which the next draft has to catch up, and says nothing of what drafts take.
+# Plain rounds that a round counts as, at most, in what trying sizes costs; what a cold one took beyond that is preparing.
+_LONGEST = 2.0
+# What preparing sizes may cost, likewise.
+_PREPARED_COST, _PREPARED_FREE, _PREPARED_OF_GAIN = 0.005, 8, 0.05
+# Rounds without a draft after which the next draft has to catch up, and says only what drafts take at most.
 _CATCHES_UP = 4
 _ONLY = (DrafterTraits("", "chain"),)
 
@@ -88,7 +96,7 @@ class GoodputPlanner:
         self._plan: Plan | None = None
         self._asked: _Asked | None = None
         self._stays, self._steady, self._undrafted, self._choices = 0, 0, 0, 0
-        self._hopes, self._hopes_lost_s, self._total_s = False, 0.0, 0.0
+        self._hopes, self._hopes_lost_s, self._prepared_s, self._gained_s, self._total_s = False, 0.0, 0.0, 0.0, 0.0
 
     def bind(self, target: nn.Module, drafter: Drafter) -> None:
         """Make sure that the profile is of this pair; without one, read what `specdec tune` wrote for it here, if anything.
@@ -133,8 +141,8 @@ class GoodputPlanner:
         assert asked is not None
         batch, arm = len(stats.requests), self._arms[asked.plan.arm]
         target_s = stats.target_s + stats.verify_s + stats.other_s
-        known = self._costs.measured(batch, sum(stats.drafted))
-        self._costs.observe(batch, sum(stats.drafted), asked.context, target_s)
+        if not stats.cold_target:
+            self._costs.observe(batch, sum(stats.drafted), asked.context, target_s)
         self._rounds[bucket(batch)] = self._rounds.get(bucket(batch), 0) + 1
         self._total_s += stats.draft_s + target_s
         guard = self._guard(batch)
@@ -143,18 +151,23 @@ class GoodputPlanner:
             guard.observe_plain()
             return
         arm.observe(stats, tuple(map(min, asked.nodes, asked.plan.depth)))
-        if self._undrafted < _CATCHES_UP and any(stats.drafted):
+        if any(stats.drafted) and not stats.cold_draft:
             depth = max(map(min, asked.nodes, asked.plan.depth))
-            self._costs.observe_draft(arm.name, arm.width, batch, depth, stats.draft_s)
+            late = self._undrafted >= _CATCHES_UP
+            self._costs.observe_draft(arm.name, arm.width, batch, depth, stats.draft_s, at_most=late)
         self._undrafted = 0
         for other in self._arms:
             other.idle = 0 if other is arm else other.idle + 1
         round_ = Judged(batch, sum(stats.drafted), sum(stats.accepted), stats.draft_s + target_s)
         plain_s = self._costs.plain(batch, asked.context)
-        if asked.why == "hope":
-            self._hopes_lost_s += round_.seconds - round_.tokens * plain_s / batch
-        if not known and not guard.trying:
-            # The first rounds of a size also prepare it, which says nothing of later ones.
+        # A cold round also prepares its size, which is paid once, by every planner, and says nothing of later rounds.
+        cold = stats.cold_target or stats.cold_draft
+        gained_s = round_.tokens * plain_s / batch - min(round_.seconds, _LONGEST * plain_s)
+        self._gained_s += gained_s
+        if cold:
+            self._prepared_s += max(round_.seconds - _LONGEST * plain_s, 0.0)
+        self._hopes_lost_s -= gained_s * (asked.why == "hope")
+        if cold and not guard.trying:
             return
         if guard.observe(round_, plain_s):
             arm.rates.doubt()
@@ -195,7 +208,7 @@ class GoodputPlanner:
         """Why, and what."""
         batch = len(load.requests)
         rounds, guard = self._rounds.get(bucket(batch), 0), self._guard(batch)
-        if rounds < _FIRST_PLAIN or not self._costs.measured(batch, 0):
+        if not self._costs.knows_plain(batch) and (rounds >= _BORROWS or not self._costs.knows(batch)):
             return "first", self._plain(load)
         if guard.trying:
             return "trial", self._arms[self._liveliest()].least(load, self._costs, _TRIAL_SHARE if batch >= _TRIAL_SHARE else 1)
@@ -230,7 +243,7 @@ class GoodputPlanner:
         if best.goodput < plain.goodput * _WORTH:
             best = plain
         hope = self._hope(load, plain.seconds)
-        if hope is not None and hope.goodput > max(best.goodput * (1 + _HYSTERESIS), plain.goodput * _WORTH):
+        if hope is not None and hope.goodput > max(best.goodput, plain.goodput) * _PROMISING:
             self._stays, self._hopes = 1, True
             return hope
         tried = self._tried_again(load, best)
@@ -248,7 +261,10 @@ class GoodputPlanner:
         self._choices += 1
         if self._choices > _SEARCHED and self._choices % _SEARCHES:
             return None
-        if self._hopes_lost_s > _HOPES_COST * self._total_s + _HOPES_FREE * plain_s:
+        gained_s = max(self._gained_s, 0.0)
+        if self._hopes_lost_s > _HOPES_COST * self._total_s + _HOPES_FREE * plain_s + _HOPES_OF_GAIN * gained_s:
+            return None
+        if self._prepared_s > _PREPARED_COST * self._total_s + _PREPARED_FREE * plain_s + _PREPARED_OF_GAIN * gained_s:
             return None
         plans = [plan for plan in self._plans(load, self._arms, hoped=True) if not self._is_measured(plan)]
         return max(plans, key=lambda plan: plan.goodput, default=None)

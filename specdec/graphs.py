@@ -90,12 +90,16 @@ class Captures(Generic[B]):
     """What has been recorded, by key. One thing that cannot be recorded ends recording, with the reason logged once."""
 
     def __init__(self, capture_after: int, most: int, record: Recorder) -> None:
-        """capture_after: calls of one key before it is captured.  most: captures kept."""
+        """capture_after: calls of one key before it is captured.  most: captures kept.
+
+        cold, kept here: calls so far that were the first of their key or captured it.
+        """
         self._capture_after, self._most, self._record = capture_after, most, record
         self._seen: dict[tuple[int, ...], int] = {}
         self._found: dict[tuple[int, ...], Captured[B]] = {}
         self._layers: list[tuple[Tensor, Tensor]] | None = None
         self.refused: str | None = None
+        self.cold = 0
 
     def __len__(self) -> int:
         return len(self._found)
@@ -111,8 +115,10 @@ class Captures(Generic[B]):
 
     def _consider(self, key: tuple[int, ...], make: Callable[[], tuple[B, Callable[[], Outputs]]]) -> Captured[B] | None:
         self._seen[key] = self._seen.get(key, 0) + 1
+        self.cold += self._seen[key] == 1
         if self._seen[key] < self._capture_after or len(self._found) >= self._most:
             return None
+        self.cold += 1
         buffers, run = make()
         try:
             replay, outputs = self._record(run)

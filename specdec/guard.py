@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 
 # Rounds that speculation is judged by; how many there have to be; deviations that pass for bad luck.
 _WINDOW, _ENOUGH, _LUCK = 32, 8, 1.5
-# Rounds of a trial that nothing was accepted in.
-TRIAL = 1
+# Rounds that a trial lasts for while nothing is accepted.
+TRIAL = 2
 # Plain rounds until the next trial: at first, doubled each time; at most; and so many that trials cost this share of the time.
-_FIRST_WAIT, _LONGEST_WAIT, _TRIALS_COST = 16, 512, 0.006
+_FIRST_WAIT, _LONGEST_WAIT, _TRIALS_COST = 16, 256, 0.006
+# Plain rounds that a round counts as, at most.
+_LONGEST = 3.0
 # Rounds that speculation has to be on for before going off counts as new.
 _SETTLED = 64
 
@@ -53,7 +55,8 @@ class Guard:
 
     def observe(self, round_: Judged, plain_s: float) -> bool:
         """A round that drafted is over. plain_s: of a plain round. Returns whether a trial has just gone well."""
-        self._lost_s += round_.seconds - plain_s * round_.tokens / round_.batch
+        # What else the machine did in a round is not lost to drafting.
+        self._lost_s += min(round_.seconds, _LONGEST * plain_s) - plain_s * round_.tokens / round_.batch
         if self.on:
             self._judge(round_, round_.batch / plain_s)
             if not self.on:

@@ -46,6 +46,11 @@ class PackedLinear(nn.Module):
         self._versions: tuple[int, ...] | None = None
         self.refresh()
 
+    @property
+    def weight(self) -> Tensor:
+        """The shared weight, whose dtype some families look at."""
+        return self.source.weight
+
     def _current_versions(self) -> tuple[int, ...]:
         return tuple(-1 if p.is_inference() else p._version for p in self.source.parameters())
 
@@ -146,6 +151,11 @@ class SharedLinear(nn.Module):
         super().__init__()
         self.source, self.out_features = source, source.out_features
         self._shared, self._part = shared, part
+
+    @property
+    def weight(self) -> Tensor:
+        """The shared weight, whose dtype some families look at."""
+        return self.source.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""

@@ -12,7 +12,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PrefixConstrained
 
 from specdec.drafters.base import Paths
 from specdec.errors import InvalidRequestError
-from specdec.processing_table import Kind, kind_of
+from specdec.processing_table import Kind, is_silent, kind_of, state_of
 
 # (request, the tokens after its committed text): what identifies a node's text.
 _Path = tuple[int, tuple[int, ...]]
@@ -26,6 +26,8 @@ class Processing:
     then hold their own request's text, cut or padded to the same length. Neither logits nor text handed in are
     written to. identity: there is nothing to do.  lockstep: a processor keeps state between calls, so rows
     must come one token at a time for all requests together; it is called once a step, on the whole batch.
+    undecided: whether one does is seen at the first call, which is to be made in lock step too: a processor of the user's
+    own that does not say so by an attribute `stateful` keeps state if the call changes its attributes.
     """
 
     def __init__(
@@ -35,9 +37,11 @@ class Processing:
         *,
         pad: int = 0,
         device: torch.device | str = "cpu",
+        watch: bool = False,
     ) -> None:
         """rows: HF's input_ids, pads included, one a request.  pad: what a finished row is continued with.
 
+        watch: find out which processors keep state, see `undecided`; without it those that do not say so are taken as pure.
         Raises InvalidRequestError for processors that a causal LM's loop cannot call.
         """
         self._processors = [(processor, kind_of(processor)) for processor in processors]
@@ -46,14 +50,12 @@ class Processing:
         for processor, kind in self._processors:
             _check(processor, kind)
         stateful = [type(p).__name__ for p, kind in self._processors if kind is Kind.STATEFUL]
+        self._watched = [(p, state_of(p)) for p, _ in self._processors if watch and is_silent(p)]
         self.identity = not self._processors
         self.lockstep = bool(stateful)
+        self.undecided = bool(self._watched) and not stateful
         if stateful:
-            warnings.warn(
-                f"{', '.join(stateful)} keeps state between calls: this call decodes without speculation, in lock step",
-                UserWarning,
-                stacklevel=2,
-            )
+            _warn(stateful)
 
     def commit(self, request: int, tokens: Sequence[int]) -> None:
         """Append the tokens that were kept to the request's text."""
@@ -62,8 +64,35 @@ class Processing:
     def __call__(self, logits: Tensor, paths: Paths) -> Tensor:
         """Processed logits [R, V] in fp32. logits: [R, V].  paths: asked only when a processor looks at the text."""
         scores = logits.to(torch.float32, copy=True)
-        if self.lockstep:
-            return self._whole_batch(scores, paths())
+        if self.lockstep or self.undecided:
+            scores = self._whole_batch(scores, paths())
+            self._decide()
+            return scores
+        scores = self._each(scores, paths)
+        self._check_unchanged()
+        return scores
+
+    def _decide(self) -> None:
+        """After the first call: processors that it changed keep state."""
+        if not self.undecided:
+            return
+        changed = [type(p).__name__ for p, before in self._watched if state_of(p) != before]
+        self.undecided, self.lockstep = False, bool(changed)
+        if changed:
+            _warn(changed)
+
+    def _check_unchanged(self) -> None:
+        """Raise when a processor that was taken as pure is seen to keep state: what it has said since may be wrong."""
+        for processor, before in self._watched:
+            if state_of(processor) != before:
+                name = type(processor).__name__
+                raise InvalidRequestError(
+                    f"{name} changed its own attributes in a later call, so it may keep state: set `stateful = True` on it to "
+                    "decode in lock step, or `stateful = False` if its results depend on its arguments alone"
+                )
+
+    def _each(self, scores: Tensor, paths: Paths) -> Tensor:
+        """Every processor in order, each called as the table says."""
         nodes: list[_Path] | None = None
         for processor, kind in self._processors:
             if kind is Kind.NO_IDS:
@@ -176,6 +205,14 @@ class _Text:
             self._buffer[self._filled : total] = self._buffer.new_tensor(self._ids[self._filled :])
             self._filled = total
         return self._buffer[:total]
+
+
+def _warn(stateful: Sequence[str]) -> None:
+    warnings.warn(
+        f"{', '.join(stateful)} keeps state between calls: this call decodes without speculation, in lock step",
+        UserWarning,
+        stacklevel=2,
+    )
 
 
 def _for_request(allowed: Callable[[int, Tensor], list[int]], request: int) -> Callable[[int, Tensor], list[int]]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Mapping
 from enum import StrEnum
+from types import FunctionType, ModuleType
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 
@@ -76,7 +80,7 @@ BUILT_IN: dict[str, Kind] = {
 def kind_of(processor: LogitsProcessor) -> Kind:
     """The table's kind for a class of transformers itself; any other processor is pure per row, batch index included.
 
-    An attribute `stateful = True` on a user's processor says that it is not.
+    An attribute `stateful = True` on a user's processor says that it is not; see `is_silent`.
     """
     if getattr(processor, "stateful", False):
         return Kind.STATEFUL
@@ -86,3 +90,27 @@ def kind_of(processor: LogitsProcessor) -> Kind:
     if isinstance(processor, RepetitionPenaltyLogitsProcessor) and isinstance(processor.prompt_ignore_length, Tensor):
         return Kind.INDEXED
     return BUILT_IN.get(cls.__name__, Kind.INDEXED)
+
+
+def is_silent(processor: LogitsProcessor) -> bool:
+    """Whether it is a user's own and does not say by an attribute `stateful`, True or False, whether it keeps state."""
+    return not type(processor).__module__.startswith("transformers.") and not hasattr(processor, "stateful")
+
+
+def state_of(value: Any, depth: int = 4) -> Any:
+    """Something that is equal as long as nothing was set, added or written in place, as far as that can be seen from Python.
+
+    Containers and attributes are followed `depth` deep. Tensors count by identity and version, so nothing is read from a device;
+    what is neither, such as a matcher written in another language, counts by identity.
+    """
+    if value is None or isinstance(value, (bool, int, float, str, bytes)):
+        return value
+    if isinstance(value, Tensor):
+        return id(value), None if value.is_inference() else value._version
+    if depth > 0 and isinstance(value, Mapping):
+        return id(value), tuple((state_of(k, depth - 1), state_of(v, depth - 1)) for k, v in value.items())
+    if depth > 0 and isinstance(value, (list, tuple, set, frozenset, deque)):
+        return id(value), tuple(state_of(v, depth - 1) for v in value)
+    if depth > 0 and hasattr(value, "__dict__") and not isinstance(value, (type, ModuleType, FunctionType, nn.Module)):
+        return id(value), tuple((k, state_of(v, depth - 1)) for k, v in vars(value).items())
+    return id(value)

@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from specdec.cache import KVCache, LayerSpec, check_memory
+from specdec.cache import KVCache, check_memory
 from specdec.capture import Forward, capture
 from specdec.chains import CapturedChains
-from specdec.errors import UnsupportedModelError
+from specdec.examine import examine, most_positions
 from specdec.graphs import CapturedForwards, CudaGraphs, Recorder
 from specdec.kernels.dispatch import SLOT_TILE, AttentionContext, Backend, choose_backend
 from specdec.kernels.rows import Rows, padded_index
@@ -57,25 +57,12 @@ class RunnerOptions:
     share_from: int = 512
 
 
-class _Probe:
-    """Takes the place of the attention context in one forward, to learn what each layer writes."""
-
-    def __init__(self) -> None:
-        self.specs: dict[int, LayerSpec] = {}
-
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, layer: int, scale: float, window: int | None, softcap: float | None
-    ) -> Tensor:
-        """Note the layer; see `AttentionContext.attend`."""
-        self.specs[layer] = LayerSpec(key.shape[1], key.shape[3], value.shape[3], key.dtype, key.device, window)
-        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
-
-
 class ModelRunner:
     """A model, its cache for one batch, and forwards over packed rows `[1, R]`.
 
     The user's model is left as it was found: forwards run on a twin that shares its weights. One batch at a time:
     `begin` starts it, `prefill` fills the cache, `score` and `commit` alternate. forward_s: seconds spent in `forward` so far.
+    cold: calls so far that were the first of their size or captured it, whose times say nothing of later ones.
     """
 
     def __init__(self, model: nn.Module, *, taps: Sequence[str] = (), options: RunnerOptions | None = None) -> None:
@@ -88,13 +75,14 @@ class ModelRunner:
         config: Any = self.twin.model.config
         text = config.get_text_config()
         self.vocabulary: int = text.vocab_size
-        self.max_positions: int | None = getattr(text, "max_position_embeddings", None)
+        self.max_positions: int | None = most_positions(text)
         self._packed = self._pack()
         self._doubles = bool(self._packed) and self.options.row_invariant
         self._taps = TapReader(self.twin.model, tuple(taps))
+        self.specs = examine(self.twin, self.device)
+        self._taps.forget()
         if self.options.compile == "layers":
             self.twin.compile_layers()
-        self.specs = self._probe(text.num_hidden_layers)
         self.cache = KVCache(self.specs, 0, 0)
         widths = {(spec.key_width, spec.value_width) for spec in self.specs}
         self.backend = choose_backend(self.options.attention, self.device, widths)
@@ -106,7 +94,13 @@ class ModelRunner:
         self._seen_sizes: dict[int, int] = {}
         self._captured: dict[int, Forward] = {}
         self._no_capture = self._why_no_capture(text)
-        self.forward_s = 0.0
+        self.forward_s, self._cold = 0.0, 0
+
+    @property
+    def cold(self) -> int:
+        """See above."""
+        replayed = (self._graphs, self._rounds, self._chains)
+        return self._cold + sum([each.captures.cold for each in replayed if each is not None])
 
     def _pack(self) -> list[Any]:
         if self.options.pack == "off" or not self.twin.copied:
@@ -147,20 +141,6 @@ class ModelRunner:
             return "its rotary embedding branches on the length"
         return None
 
-    @torch.no_grad()
-    def _probe(self, num_layers: int) -> list[LayerSpec]:
-        probe = _Probe()
-        tokens = torch.zeros(1, 2, dtype=torch.long, device=self.device)
-        positions = torch.arange(2, device=self.device)[None]
-        self.twin(input_ids=tokens, position_ids=positions, use_cache=False, tree_ctx=probe)
-        self._taps.forget()
-        if sorted(probe.specs) != list(range(num_layers)):
-            raise UnsupportedModelError(
-                f"{type(self.twin.model).__name__}: {len(probe.specs)} of {num_layers} layers call the attention interface of "
-                "transformers, so the others would ignore the draft tree; use a model whose attention goes through it"
-            )
-        return [probe.specs[i] for i in range(num_layers)]
-
     def begin(self, num_requests: int, capacity: int) -> None:
         """Start a batch with an empty cache. capacity: slots a request, drafted nodes included."""
         changed = [layer.refresh() for layer in self._packed]
@@ -174,11 +154,11 @@ class ModelRunner:
         self.cache = KVCache(self.specs, num_requests, capacity)
 
     def prefill(self, texts: Sequence[Sequence[int]], chunk: int | None = None) -> None:
-        """Append texts[b] to row b of the empty cache, all rows of all requests packed together; equal texts are run once.
+        """Append texts[b] to row b, all rows of all requests packed together; in an empty cache equal texts are run once.
 
         chunk: most rows in one forward, `RunnerOptions.prefill_rows` by default.  No logits are computed but one row's.
         """
-        sources = [texts.index(text) for text in texts]
+        sources = list(range(len(texts))) if any(self.cache.lengths) else [texts.index(text) for text in texts]
         done = [0 if source == b else len(texts[b]) for b, source in enumerate(sources)]
         while any(d < len(text) for d, text in zip(done, texts, strict=True)):
             room = chunk or self.options.prefill_rows
@@ -188,7 +168,7 @@ class ModelRunner:
                 room -= len(part)
                 taken.append(part)
             rows = chain_rows(self.cache, taken)
-            self._eager(rows.tokens, rows.positions, self._context(rows), logits_to_keep=1)
+            self._eager(rows.tokens, rows.positions, self._context(rows), logits_to_keep=rows.slots.new_zeros(1))
             self._lengthen(rows)
             done = [d + len(part) for d, part in zip(done, taken, strict=True)]
         self.cache.repeat(sources, self.options.share_from)
@@ -254,11 +234,12 @@ class ModelRunner:
         if replayed is not None:
             self.forward_s += perf_counter() - began
             return replayed
-        run = self._captured.get(rows.tokens.shape[1], self._eager)
-        out = run(rows.tokens, rows.positions, self._context(rows))
+        captured = self._captured.get(rows.tokens.shape[1])
+        if captured is None and self._is_to_capture(rows.tokens.shape[1]):
+            out = self._capture(rows)
+        else:
+            out = (captured or self._eager)(rows.tokens, rows.positions, self._context(rows))
         self.forward_s += perf_counter() - began
-        if run == self._eager and self._no_capture is None:
-            self._consider_capture(rows, out)
         return out
 
     def _context(self, rows: Rows) -> AttentionContext:
@@ -273,22 +254,33 @@ class ModelRunner:
         logits = out.logits[0]
         return (logits, *self._taps.read(logits))
 
-    def _consider_capture(self, rows: Rows, expected: tuple[Tensor, ...]) -> None:
-        """Capture this size once it has come often enough, and keep the capture only if it agrees bit for bit."""
-        size = rows.tokens.shape[1]
+    def _is_to_capture(self, size: int) -> bool:
+        """Whether this size has come often enough."""
         self._seen_sizes[size] = self._seen_sizes.get(size, 0) + 1
-        if self._seen_sizes[size] < self.options.capture_after or len(self._captured) >= self.options.max_captures:
-            return
-        result = capture(self._eager, rows.tokens, rows.positions)
-        if not isinstance(result, str):
-            again = result(rows.tokens, rows.positions, self._context(rows))
+        self._cold += self._seen_sizes[size] == 1
+        return (
+            self._no_capture is None
+            and self._seen_sizes[size] >= self.options.capture_after
+            and len(self._captured) < self.options.max_captures
+        )
+
+    def _capture(self, rows: Rows) -> tuple[Tensor, ...]:
+        """Run the rows and capture their size on the way; the capture is kept only if it agrees bit for bit."""
+        self._cold += 1
+        found = capture(self._eager, rows.tokens, rows.positions, self._context(rows))
+        if isinstance(found, str):
+            reason, expected = found, self._eager(rows.tokens, rows.positions, self._context(rows))
+        else:
+            expected, run = found
+            again = run(rows.tokens, rows.positions, self._context(rows))
             if all(torch.equal(a, b) for a, b in zip(expected, again, strict=True)) or _both_nan(expected, again):
-                self._captured[size] = result
-                return
-            result = "the captured forward differs from the eager one"
-        self._no_capture = result
+                self._captured[rows.tokens.shape[1]] = run
+                return expected
+            reason = "the captured forward differs from the eager one"
+        self._no_capture = reason
         self._captured.clear()
-        logger.warning("specdec runs %s without capture: %s", type(self.twin.model).__name__, result)
+        logger.warning("specdec runs %s without capture: %s", type(self.twin.model).__name__, reason)
+        return expected
 
 
 def _both_nan(expected: tuple[Tensor, ...], again: tuple[Tensor, ...]) -> bool:

@@ -6,12 +6,16 @@ import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
+from operator import mul
 
 import torch
+from torch import Tensor
 
 from specdec.errors import SpecDecError
 from specdec.kernels.transfer import on_device
 from specdec.types import Budget, Draft, Load, RoundStats, TokenTree
+from specdec.verify.null_mass import repaired
 
 
 def best_nodes(drawn: Sequence[Sequence[float]], parents: Sequence[Sequence[int]], capacity: int) -> tuple[tuple[int, ...], ...]:
@@ -32,9 +36,7 @@ def best_nodes(drawn: Sequence[Sequence[float]], parents: Sequence[Sequence[int]
 
     def offer(score: float, depth: int, request: int, parent: int) -> None:
         for node in children.get((request, parent), ()):
-            own = drawn[request][node - 1]
-            product = score * (min(max(own, 0.0), 1.0) if math.isfinite(own) else 0.0)
-            heapq.heappush(heap, (-product, depth, request, node))
+            heapq.heappush(heap, (-score * _share(drawn[request][node - 1]), depth, request, node))
 
     for request in range(len(parents)):
         offer(1.0, 1, request, 0)
@@ -52,17 +54,21 @@ class TetrisPlanner:
     with the largest products of draft probabilities are scored.
 
     They are chosen by what was drawn, so the draft is marked post_draw and only rules that ignore q stay lossless on it: greedy,
-    sample-and-match, coupled, and any rule on deterministic drafts. Choosing reads the drafted tokens' probabilities back, one
-    synchronisation a round beside the verdict's, and none where all of them fit; the rest is a heap on the host.
-    Drafts without probabilities (lookup) share by depth. It keeps nothing from round to round.
+    sample-and-match, coupled, and any rule on deterministic drafts. With `repair` the draft tells which tokens would have been
+    kept, see `RepairedDraft`, and rejection and block verification serve drawn chains too. Each request then has the target's
+    law, but the texts of one batch are not independent, since what is kept of one depends on what was drawn for the others.
+
+    Choosing reads the drafted tokens' probabilities back, one synchronisation a round beside the verdict's, and none where all of
+    them fit; the rest is a heap on the host. Drafts without probabilities (lookup) share by depth. It keeps nothing from round to
+    round.
     """
 
-    def __init__(self, capacity: int, extra: int = 1, *, depth: int | None = None, width: int = 1) -> None:
-        """depth, width: for trees, see `Budget`; None is as deep as a request has nodes."""
+    def __init__(self, capacity: int, extra: int = 1, *, depth: int | None = None, width: int = 1, repair: bool = False) -> None:
+        """depth, width: for trees, see `Budget`; None is as deep as a request has nodes.  repair: for chains."""
         for name, value, least in (("capacity", capacity, 1), ("extra", extra, 0), ("depth", depth, 1), ("width", width, 1)):
             if (value is not None or name != "depth") and (not isinstance(value, int) or value < least):
                 raise SpecDecError(f"TetrisPlanner {name}={value!r}: give a whole number, at least {least}")
-        self.post_draw = True
+        self.post_draw = not repair
         self._capacity, self._extra, self._depth, self._width = capacity, extra, depth, width
 
     def plan(self, load: Load) -> Budget:
@@ -75,16 +81,54 @@ class TetrisPlanner:
         return Budget(load.requests, nodes, depth, (self._width,) * batch, slots=True)
 
     def select(self, draft: Draft) -> Draft:
-        """The best `capacity` nodes, marked post_draw also when all are kept, and without the values that they were chosen by."""
+        """The best `capacity` nodes, without the values that they were chosen by, marked post_draw also when all are kept.
+
+        With repair instead told with the null mass; IncompatibleRuleError for a drawn tree then.
+        """
         tree = draft.tree
         if sum(tree.num_nodes) - len(tree.num_nodes) <= self._capacity:
-            return replace(draft, post_draw=True, slots=None)
+            return replace(draft, post_draw=self.post_draw, slots=None)
         drawn, parents = _read(draft)
         kept = best_nodes(drawn, parents, self._capacity)
-        return _keep(draft, parents, kept)
+        if self.post_draw or draft.q is None or draft.slots is None:
+            # Without a q, or chosen by depth alone, there is nothing to repair.
+            return replace(_keep(draft, parents, kept), post_draw=self.post_draw)
+        would = kept_tokens(draft.q, drawn, self._capacity)
+        return repaired(draft, would, tuple([len(nodes) + 1 for nodes in kept]))
 
     def observe(self, stats: RoundStats) -> None:
         """Nothing to learn."""
+
+
+def kept_tokens(q: Tensor, drawn: Sequence[Sequence[float]], capacity: int) -> Tensor:
+    """[B, N, V] bool: which tokens `best_nodes` would have kept behind each node of chains, all else being as it was drawn.
+
+    q: [B, N, V].  drawn: as in `best_nodes`. A token behind n kept ones is kept where fewer than capacity - n nodes of the other
+    requests come before it; its own descendants never do.
+    """
+    products = [list(accumulate([_share(own) for own in row], mul, initial=1.0)) for row in drawn]
+    keys = [[(-p, depth, b) for depth, p in enumerate(row)][1:] for b, row in enumerate(products)]
+    bounds: list[list[tuple[float, float, float]]] = []
+    for b, row in enumerate(products):
+        others = sorted([key for other, own in enumerate(keys) if other != b for key in own])
+        bounds.append([(p, *_least(others, capacity - depth, (depth, b))) for depth, p in enumerate(row[:-1], 1)])
+        bounds[-1] += [(0.0, 2.0, 0.0)] * (q.shape[1] - len(bounds[-1]))
+    above, least, ties = torch.tensor(bounds, dtype=torch.float64, device=q.device)[..., None].unbind(2)
+    scores = above * q.double().nan_to_num(nan=0.0).clamp(0.0, 1.0)
+    return (scores > least) | ((scores == least) & (ties > 0))
+
+
+def _least(others: Sequence[tuple[float, int, int]], before: int, place: tuple[int, int]) -> tuple[float, float]:
+    """The product that a node at `place` has to exceed for at most `before` others to come first; and 1 if equal will do."""
+    if before < 0:
+        return 2.0, 0.0
+    if before >= len(others):
+        return -1.0, 0.0
+    return -others[before][0], float(place < others[before][1:])
+
+
+def _share(own: float) -> float:
+    return min(max(own, 0.0), 1.0) if math.isfinite(own) else 0.0
 
 
 def _read(draft: Draft) -> tuple[list[list[float]], list[list[int]]]:

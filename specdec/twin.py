@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -19,8 +19,23 @@ from specdec.errors import UnsupportedModelError
 ROWS = "specdec_rows"
 OPAQUE = "specdec_opaque"
 SHARED = "specdec_shared"
+EAGER = "eager"
 
+_HANDED = "specdec_handed"
 _RECURRENT_LAYERS = ("linear_attention", "mamba", "mamba2", "conv", "recurrent", "hybrid")
+
+
+class _Handed:
+    """The context of the forward under way, for layers of a twin to which their model hands no keywords on."""
+
+    def __init__(self) -> None:
+        self.context: Any = None
+
+
+def context_of(module: nn.Module, kwargs: Mapping[str, Any]) -> Any:
+    """The attention context of this call, or None outside a forward of ours."""
+    context = kwargs.get("tree_ctx")
+    return getattr(getattr(module, _HANDED, None), "context", None) if context is None else context
 
 
 def packed_attention(
@@ -30,17 +45,15 @@ def packed_attention(
 
     query: [1, H, R, D], key, value: [1, Hkv, R, D]. Returns [1, R, H, D].
     """
-    context = kwargs.get("tree_ctx")
+    context = context_of(module, kwargs)
     if context is None:
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return out, None
-    for name in ("s_aux", "position_bias", "head_mask"):
-        if kwargs.get(name) is not None:
-            raise UnsupportedModelError(f"{type(module).__name__} passes {name!r} to attention, which is not supported yet")
     scale = kwargs.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
-    return context.attend(query, key, value, module.layer_idx, float(scale), window, softcap), None
+    sinks = kwargs.get("s_aux")
+    return context.attend(query, key, value, module.layer_idx, float(scale), window, softcap, sinks), None
 
 
 def register_attention() -> None:
@@ -82,6 +95,11 @@ class Twin:
         self.reason = _why_not_copied(model)
         self.model = _copy(model, dtype) if self.reason is None else model
         self._lock = threading.Lock()
+        self._handed = _Handed()
+        if self.copied:
+            for module in self.model.modules():
+                if hasattr(module, "layer_idx"):
+                    setattr(module, _HANDED, self._handed)
 
     @property
     def copied(self) -> bool:
@@ -90,8 +108,15 @@ class Twin:
 
     def __call__(self, **kwargs: Any) -> Any:
         """One forward of the causal LM."""
-        with nullcontext() if self.copied else self._switched():
+        with nullcontext(self._forward) if self.copied else self.under(SHARED) as forward:
+            return forward(**kwargs)
+
+    def _forward(self, **kwargs: Any) -> Any:
+        self._handed.context = kwargs.get("tree_ctx")
+        try:
             return self.model(**kwargs)
+        finally:
+            self._handed.context = None
 
     def compile_layers(self) -> None:
         """Compile each decoder layer for any number of rows, our attention left out of it. Raises where modules are the user's."""
@@ -103,13 +128,14 @@ class Twin:
             layer.compile(dynamic=True)
 
     @contextmanager
-    def _switched(self) -> Iterator[None]:
+    def under(self, attention: str) -> Iterator[Callable[..., Any]]:
+        """The model's forward with an attention of transformers' registry, for as long as the context lasts."""
         config: Any = self.model.config
         with self._lock:
             before = config._attn_implementation
-            config._attn_implementation = SHARED
+            config._attn_implementation = attention
             try:
-                yield
+                yield self._forward
             finally:
                 config._attn_implementation = before
 

@@ -176,7 +176,7 @@ class RoundStats:
     slots: of each request's drafted tokens, where the budget asked for them.
 
     Times in seconds. draft_s: proposing, the draft model's forwards included.  forward_s: inside the models' forwards, target and
-    draft.
+    draft.  cold_draft, cold_target: a size ran for the first time or was captured, so the time says nothing of later rounds.
     """
 
     requests: tuple[int, ...]
@@ -194,6 +194,8 @@ class RoundStats:
     paths: tuple[tuple[int, ...], ...] = ()
     parents: tuple[tuple[int, ...], ...] | None = None
     slots: tuple[tuple[Slot, ...], ...] | None = None
+    cold_draft: bool = False
+    cold_target: bool = False
 
     @property
     def levels(self) -> tuple[tuple[tuple[int, int], ...], ...] | None:

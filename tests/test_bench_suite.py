@@ -14,7 +14,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from specdec.bench.markdown import markdown
-from specdec.bench.methods import ASSISTED, LOOKUP, Answer, Ask, Method, NamedDrafter, make_methods
+from specdec.bench.methods import ASSISTED, LOOKUP, Answer, Ask, Method, NamedDrafter, Selection, make_methods
 from specdec.bench.records import ALL, HF, PLAIN, MethodInfo, Results, Settings, read_results, write_results
 from specdec.bench.suite import run_suite, this_machine
 from specdec.bench.workloads import Choice, Prompt, Prompts, items, load_prompts
@@ -46,7 +46,7 @@ def target() -> Any:
 def methods(target: Any) -> tuple[Method, ...]:
     model = noised(target, 0.3)
     drafters = [NamedDrafter(DRAFT, "a path", DraftModelDrafter(model), model), NamedDrafter(SUFFIX, SUFFIX, SUFFIX)]
-    return make_methods(target, drafters, planner=None, verifier="auto")
+    return make_methods(target, drafters, Selection(static=False))
 
 
 def _run(target: Any, methods: tuple[Method, ...], store: Path, settings: Settings, *, resume: bool = False) -> Results:
@@ -121,7 +121,7 @@ def test_every_method_is_measured_judged_and_summed_up(target: Any, methods: tup
 def test_acceptance_is_told_when_tokens_are_drafted(target: Any, tmp_path: Path) -> None:
     model = noised(target, 0.05)
     drafters = [NamedDrafter(DRAFT, "a path", DraftModelDrafter(model))]
-    made = make_methods(target, drafters, planner="heuristic", verifier="auto")
+    made = make_methods(target, drafters, Selection("heuristic", static=False))
     row = _run(target, made, tmp_path / "trials.jsonl", _settings()).row(DRAFT, 1, 0.0)
     assert row is not None
     assert row.acceptance_length is not None
@@ -173,7 +173,7 @@ def test_when_plain_decoding_is_wrong_so_is_all_that_is_compared_with_it(
 def test_a_lossy_rule_is_refused(target: Any, tmp_path: Path) -> None:
     model = noised(target, 0.3)
     drafters = [NamedDrafter(DRAFT, "a path", DraftModelDrafter(model))]
-    made = make_methods(target, drafters, planner="heuristic", verifier="typical-lossy")
+    made = make_methods(target, drafters, Selection("heuristic", "typical-lossy", static=False))
     results = _run(target, made, tmp_path / "trials.jsonl", _settings(temperatures=(1.0,)))
     assert {gate.method for gate in results.gates if gate.status == "refused"} == {DRAFT}
 

@@ -31,7 +31,7 @@ def test_a_machine_that_slows_down_is_followed() -> None:
 def test_times_between_and_beyond_measurements_do_not_fall() -> None:
     curve = Curve({0: 1.0, 4: 0.9, 8: 2.0})
     assert [curve.at(size) for size in (0, 2, 4, 6, 8, 12)] == pytest.approx([1.0, 1.0, 0.9, 1.5, 2.0, 3.0])
-    assert [curve.hoped(size) for size in (0, 2, 4, 6, 8, 12)] == [1.0, 1.0, 0.9, 0.9, 2.0, 2.0]
+    assert [curve.hoped(size) for size in (0, 2, 4, 6, 8, 12)] == [1.0, 1.0, 0.9, 1.2, 2.0, 2.5]
     assert curve.knows(8)
     assert not curve.knows(6)
 
@@ -50,9 +50,31 @@ def test_nearly_equal_batches_share_and_others_begin_from_the_nearest() -> None:
     costs = CostModel()
     for _ in range(3):
         costs.observe(16, 0, 0, 3.0)
-    assert costs.measured(15, 0)
-    assert not costs.measured(8, 0)
-    assert costs.target(8, 0, 0) == [3.0]
+    assert costs.knows_plain(15)
+    assert not costs.knows_plain(8)
+    # Packed rows nearly decide: until a batch size has its own times, what others took for as many rows counts.
+    assert costs.measured(8, 8)
+    assert not costs.measured(8, 16)
+    assert costs.target(8, 8, 0)[-1] == 3.0
+    for _ in range(3):
+        costs.observe(8, 0, 0, 2.0)
+    assert costs.knows_plain(8)
+    assert costs.target(8, 0, 0) == [2.0]
+
+
+def test_a_drafter_in_steps_is_guessed_to_take_as_many_times_as_long_and_hoped_to_take_half_of_that_more() -> None:
+    curve = Curve(in_steps=True)
+    for _ in range(3):
+        curve.add(2, 1.0)
+    assert curve.at(6) == pytest.approx(3.0)
+    assert curve.hoped(6) == pytest.approx(2.0)
+
+
+def test_one_round_that_took_long_is_no_slope() -> None:
+    slope = ContextSlope()
+    for step in range(200):
+        slope.observe(1, step, 100.0 if step == 150 else 1.0)
+    assert slope.seconds < 1e-3
 
 
 def test_time_grows_with_context_where_it_was_seen_to() -> None:

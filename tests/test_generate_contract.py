@@ -20,8 +20,10 @@ from transformers import (
     PreTrainedTokenizerFast,
     StoppingCriteria,
     StoppingCriteriaList,
+    SynthIDTextWatermarkingConfig,
     T5Config,
     T5ForConditionalGeneration,
+    WatermarkingConfig,
 )
 from transformers.generation.streamers import BaseStreamer
 
@@ -115,6 +117,12 @@ CASES: dict[str, dict[str, Any]] = {
     "several sequences": {"num_return_sequences": 2, "do_sample": True, "top_k": 1},
     "max length": {"max_new_tokens": None, "max_length": 20},
     "time is up": {"max_time": 1e-9},
+    "guidance": {"guidance_scale": 1.7},
+    "guidance from": {"guidance_scale": 1.7, "negative_prompt_ids": INPUTS["input_ids"][:, -3:]},
+    "watermark": {"watermarking_config": WatermarkingConfig(bias=2.5, seeding_scheme="selfhash")},
+    "text watermark": {"watermarking_config": SynthIDTextWatermarkingConfig(keys=[3, 5], ngram_len=3), "eos_token_id": [5, 8, 13]},
+    "static cache": {"cache_implementation": "static"},
+    "no cache": {"use_cache": False},
     "prefill in chunks": {"input_ids": INPUTS["input_ids"][2:3], "attention_mask": None, "prefill_chunk_size": 4},
 }
 
@@ -233,10 +241,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "lookup": ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens"),
     "assistant": ({"assistant_model": nn.Linear(1, 1)}, "assistant_model"),
     "embeddings": ({"inputs_embeds": torch.zeros(1, 4, 32)}, "inputs_embeds"),
-    "cache": ({"past_key_values": object()}, "past_key_values"),
-    "attentions": ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
-    "states": ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
-    "guidance": ({"guidance_scale": 2.0}, "guidance_scale"),
+    "cache": ({"past_key_values": object()}, "past_key_values is a object"),
+    "quantised cache": ({"cache_implementation": "quantized"}, "quantized"),
+    "paged cache": ({"generation_config": GenerationConfig(cache_implementation="paged")}, "paged"),
+    "healing": ({"token_healing": True}, "heal_tokens"),
     "gpus": ({"synced_gpus": True}, "synced_gpus"),
     "empty": ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, "empty"),
     "only pads": ({"attention_mask": torch.zeros(1, 4, dtype=torch.long)}, "empty"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, product
 from typing import Any
 
@@ -210,3 +210,18 @@ def test_the_name_makes_one_and_another_name_is_refused() -> None:
     assert isinstance(SpeculativeGenerator(target, "suffix", planner="bass").engine.planner, BassPlanner)
     with pytest.raises(SpecDecError, match="'goodput'"):
         SpeculativeGenerator(target, "suffix", planner="best")
+
+
+def test_what_preparing_a_size_takes_is_not_taken_for_what_drafting_takes() -> None:
+    """The first rounds of every size take twenty times as long, and say so; later ones pay."""
+    machine, planner, seen = _machine("flat", 0.2, 0.7, 1), GoodputPlanner(), dict[int, int]()
+    drafted = 0
+    for step in range(300):
+        stats = machine._round(planner, [10 + step], 0.0)
+        rows = stats.num_rows
+        seen[rows] = seen.get(rows, 0) + 1
+        if seen[rows] in (1, 4):
+            stats = replace(stats, target_s=20 * stats.target_s, draft_s=20 * stats.draft_s, cold_target=True, cold_draft=rows > 1)
+        planner.observe(stats)
+        drafted += step >= 100 and any(stats.drafted)
+    assert drafted > 180

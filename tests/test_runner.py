@@ -240,3 +240,17 @@ def test_prompts_of_one_forward_attend_apart_where_a_rectangle_would_be_padding(
     runner.begin(4, 128)
     runner.prefill(prompts((60, 4, 2, 9)))
     assert set(widest) == {1}
+
+
+def test_the_first_forward_of_a_size_and_the_one_that_captures_it_are_cold() -> None:
+    model = tiny_model()
+    runner = ModelRunner(model, options=RunnerOptions(capture_after=3))
+    runner.begin(1, 64)
+    runner.prefill(prompts((6,)))
+    cold = []
+    for size in (4, 4, 4, 4, 4, 5):
+        before = runner.cold
+        runner.score(_trees([7], (size,)))
+        cold.append(runner.cold - before)
+    assert runner._no_capture is None, runner._no_capture
+    assert cold == [1, 0, 1, 0, 0, 1]

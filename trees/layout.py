@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# On a CPU, trees from this size on go row by row.
+_BY_ROWS_FROM = 96
+
 
 def ancestors(parents: Tensor) -> Tensor:
     """[B, N, N] bool: entry [b, n, m] is True where m is n or an ancestor of n.
@@ -13,11 +16,23 @@ def ancestors(parents: Tensor) -> Tensor:
     synchronisation.
     """
     nodes = parents.shape[1]
+    if nodes > _BY_ROWS_FROM and parents.device.type == "cpu":
+        return _by_rows(parents)
     own = torch.arange(nodes, device=parents.device)
     reach = ((own == own[:, None]) | (own == parents[:, :, None])).float()
     for _ in range(max(nodes - 2, 0).bit_length()):
         reach = torch.bmm(reach, reach).clamp_(max=1.0)
     return reach > 0
+
+
+def _by_rows(parents: Tensor) -> Tensor:
+    """The same, a node after the other: N copies of a row, where products of large matrices would take seconds."""
+    batch, nodes = parents.shape
+    reach = torch.eye(nodes, dtype=torch.bool).repeat(batch, 1, 1)
+    request = torch.arange(batch)
+    for node in range(1, nodes):
+        reach[:, node] |= reach[request, parents[:, node]]
+    return reach
 
 
 def depths(parents: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from specdec.types import Draft, Law, Scores, Verdict
 from specdec.verify.chooser import Chooser
+from specdec.verify.null_mass import null_behind
 from specdec.verify.recursive import finite_law, live_nodes
 
 
@@ -18,7 +19,7 @@ class Block:
 
     With w_0 = 1, w_i = min(1, w_{i-1} p(x_i) / q(x_i)) and R_i = sum_x [w_i p - q]+ behind token i, the first i tokens pass with
     h_i = R_i / (R_i + 1 - w_i), all of them with h_K = w_K, each by a draw of its own. The longest that passes is accepted, also
-    where a shorter one does not pass.
+    where a shorter one does not pass. A `RepairedDraft` goes on behind its last node with a token that never passes.
     """
 
     name: str = "block"
@@ -35,27 +36,32 @@ class Block:
             q = torch.zeros_like(p)
             q[:, :-1].scatter_(2, drafted[..., None], 1.0)
         end = live_nodes(draft.tree).sum(1) - 1
-        return Verdict(*block_verdict(p, q, drafted, end, chooser))
+        return Verdict(*block_verdict(p, q, drafted, end, chooser, null_behind(draft, end)))
 
 
-def block_verdict(p: Tensor, q: Tensor, drafted: Tensor, end: Tensor, chooser: Chooser) -> tuple[Tensor, Tensor]:
+def block_verdict(
+    p: Tensor, q: Tensor, drafted: Tensor, end: Tensor, chooser: Chooser, null: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """[B] int64 each: how many of a chain's tokens are accepted, and the next token, -1 where its row holds NaN.
 
     p, q: [B, K + 1, V], behind node 0 and behind each drafted token.  drafted: [B, K].  end: [B], tokens drafted, K or fewer.
+    null: [B] bool, where one more token was drawn behind `end` and dropped for what it was.
     """
     place = torch.arange(p.shape[1], device=p.device)
     # What lies behind a row of NaN cannot be judged: the chain ends there, and the row shows if it is reached.
-    end = torch.minimum(end, torch.where(p[..., 0].isnan(), place, p.shape[1]).amin(1))
+    readable = torch.where(p[..., 0].isnan(), place, p.shape[1]).amin(1)
+    last = torch.ones_like(end, dtype=torch.bool) if null is None else ~null | (readable <= end)
+    end = torch.minimum(end, readable)
     weights = _path_weights(p, q, drafted)
     excess = (weights[..., None] * p - q).clamp(min=0).sum(-1)
     passes = torch.where(weights < 1, excess / (excess + 1 - weights), 1.0)
-    passes = torch.where(place == end[:, None], weights, passes)
+    passes = torch.where((place == end[:, None]) & last[:, None], weights, passes)
     passed = chooser.accept(torch.where(place <= end[:, None], passes, 0.0)[:, 1:])
     count = torch.nn.functional.pad(passed * place[1:], (1, 0)).amax(1)
     row = count[:, None, None].expand(-1, 1, p.shape[-1])
     here, law = p.gather(1, row)[:, 0], q.gather(1, row)[:, 0]
     residual = (weights.gather(1, count[:, None]) * here - law).clamp(min=0).nan_to_num(nan=0.0)
-    whole = (count == end) | (residual.sum(1) <= 0)
+    whole = ((count == end) & last) | (residual.sum(1) <= 0)
     token = chooser.pick(torch.where(whole[:, None], here.nan_to_num(nan=0.0), residual))
     return count, token.masked_fill(here[:, 0].isnan(), -1)
 

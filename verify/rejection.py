@@ -10,11 +10,15 @@ from torch import Tensor
 from specdec.kernels.transfer import on_device
 from specdec.types import Draft, Law, Scores, TokenTree, Verdict
 from specdec.verify.chooser import Chooser
+from specdec.verify.null_mass import null_behind
 
 
 @dataclass(frozen=True, slots=True)
 class TokenRejection:
-    """Lossless when q is the law that the chain was drawn from, or the chain is deterministic (q is one-hot then)."""
+    """Lossless when q is the law that the chain was drawn from, or the chain is deterministic (q is one-hot then).
+
+    Also where tokens were dropped after they were drawn, if the draft is a `RepairedDraft`.
+    """
 
     name: str = "rejection"
     lossless: bool = True
@@ -31,7 +35,7 @@ class TokenRejection:
         count = (accepted & _live(draft.tree)).long().cumprod(1).sum(1)
         end = count[:, None, None].expand(-1, 1, p.shape[-1])
         here, there = p.gather(1, end)[:, 0], q.gather(1, end)[:, 0]
-        full = count == on_device([n - 1 for n in draft.tree.num_nodes], count.device)
+        full = (count == on_device([n - 1 for n in draft.tree.num_nodes], count.device)) & ~null_behind(draft, count)
         residual = (here - there).clamp(min=0).nan_to_num(nan=0.0)
         keep = full | (residual.sum(1) <= 0)
         token = chooser.pick(torch.where(keep[:, None], here.nan_to_num(nan=0.0), residual))

@@ -1,0 +1,123 @@
+"""One side of a comparison of two checkouts: a process that loads specdec from a folder and decodes what it is told to.
+
+Run as a file, so that it serves checkouts that do not have it; of specdec it uses what every version has. JSON lines: the first
+on standard input says what to load, each further one is a call, and every line is answered by one on standard output.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter, sleep
+from typing import Any
+
+
+def main() -> None:
+    """Serve until standard input ends. What libraries print goes to standard error."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def say(answer: dict[str, Any]) -> None:
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+    setup = json.loads(sys.stdin.readline())
+    run = _served(setup)
+    say({"ready": setup["root"]})
+    for line in sys.stdin:
+        say(run(json.loads(line)))
+
+
+def use_checkout(root: Path) -> None:
+    """Make `specdec` the package of this checkout, without its other folders on the path, where they would hide packages."""
+    folder = root / "specdec"
+    spec = importlib.util.spec_from_file_location("specdec", folder / "__init__.py", submodule_search_locations=[str(folder)])
+    assert spec is not None, "a location was given"
+    assert spec.loader is not None, "of a file"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["specdec"] = module
+    spec.loader.exec_module(module)
+
+
+def _served(setup: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Calls by method. setup: root, target, dtype, methods (name to source, None without a drafter), planner, threads, slow."""
+    use_checkout(Path(setup["root"]))
+    import torch
+
+    torch.set_num_threads(setup["threads"])
+    from transformers import AutoModelForCausalLM
+
+    target = AutoModelForCausalLM.from_pretrained(setup["target"], dtype=setup["dtype"] or "auto").eval()
+    target.generation_config.eos_token_id, target.generation_config.pad_token_id = None, 0
+    generators = {name: _generator(target, source, setup["planner"]) for name, source in setup["methods"].items()}
+    naps = _Naps(setup["slow"])
+    if setup["slow"]:
+        for generator in generators.values():
+            generator.engine.planner = _Slowed(generator.engine.planner, naps)
+
+    def run(call: dict[str, Any]) -> dict[str, Any]:
+        ids = torch.tensor([call["prompt"]])
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": call["new"]}
+        began = perf_counter()
+        out = generators[call["method"]].generate(**inputs)
+        naps.rest(perf_counter() - began)
+        seconds = perf_counter() - began
+        return {"tokens": out[0, ids.shape[1] :].tolist(), "seconds": seconds}
+
+    return run
+
+
+def _generator(target: Any, source: str | None, planner: str | None) -> Any:
+    """A generator of the checkout. source: a drafter's name or path, or "bundled:ROLE", which is the checkout's own."""
+    from specdec import SpeculativeGenerator, bundled_path
+
+    if source is not None and source.startswith("bundled:"):
+        source = str(bundled_path(source.partition(":")[2]))  # type: ignore[arg-type]  # the checkout knows its roles
+    chosen: dict[str, Any] = {} if planner is None else {"planner": planner}
+    return SpeculativeGenerator(target, source, **chosen)
+
+
+class _Naps:
+    """A planted slowdown: sleeps for a part of the time that the work took, and keeps account of it."""
+
+    def __init__(self, part: float) -> None:
+        self.part, self.slept = part, 0.0
+
+    def nap(self, worked: float) -> None:
+        """Sleep for the part of so many seconds."""
+        began = perf_counter()
+        sleep(self.part * worked)
+        self.slept += perf_counter() - began
+
+    def rest(self, elapsed: float) -> None:
+        """Sleep for what is left of a call that took so long, naps included, and begin the next account."""
+        left = self.part * (elapsed - self.slept) - self.slept
+        self.slept = 0.0
+        if left > 0:
+            sleep(left)
+
+
+class _Slowed:
+    """A planner that sleeps at the end of each round, where it does not see that itself."""
+
+    def __init__(self, inner: Any, naps: _Naps) -> None:
+        self.inner, self.naps, self.post_draw = inner, naps, inner.post_draw
+
+    def plan(self, load: Any) -> Any:
+        self.began = perf_counter()
+        return self.inner.plan(load)
+
+    def select(self, draft: Any) -> Any:
+        return self.inner.select(draft)
+
+    def observe(self, stats: Any) -> None:
+        self.inner.observe(stats)
+        self.naps.nap(perf_counter() - self.began)
+
+
+if __name__ == "__main__":
+    main()
