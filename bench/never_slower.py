@@ -1,9 +1,9 @@
 """Is the goodput planner ever slower than plain decoding? `python -P -m specdec.bench.never_slower`.
 
 A grid of batch sizes, drafters from good to adversarial, temperatures and kinds of text. In every cell a fresh planner and plain
-decoding take turns over the same prompts until the 95 % interval of their ratio is narrow; the first turns also run every fixed
-length. Everything that a planner does counts, its first rounds and its trials included. Output must equal plain decoding.
-`record` notes times and accepted drafts for `replay`, which plays the grid without noise.
+decoding take turns over the same prompts until the 95 % interval of their ratio is narrow, or clearly above 1; the first turns also
+run every fixed length. Everything that a planner does counts, its first rounds and its trials included. Output must equal plain
+decoding. `record` notes times and accepted drafts for `replay`, which plays the grid without noise.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ BATCHES, TEMPERATURES, WORKLOADS = (1, 4, 16), (0.0, 1.0), ("dialogue", "code", 
 PLAIN, OURS = "plain", "goodput"
 # Turns of a cell: at least, and at most; and those that every fixed length takes part in.
 _FEWEST, _MOST, _SWEPT = 5, 24, 2
+# Turns after which a cell ends whose interval lies above 1: prompts differ in what they gain, and it is not slower.
+_DECIDED = 8
 _NARROW = 0.03
 _DEPTH = max(LENGTHS)
 
@@ -124,7 +126,8 @@ def _measured(bench: Bench, batch: int, kind: str, temperature: float, workload:
         stats = made[OURS].stats
         history += stats.history
         interval = ratio_interval(seconds, tokens, OURS, PLAIN)
-        if turn + 1 >= _FEWEST and interval[2] - interval[1] <= 2 * _NARROW:
+        narrow = turn + 1 >= _FEWEST and interval[2] - interval[1] <= 2 * _NARROW
+        if narrow or (turn + 1 >= _DECIDED and interval[1] > 1.0):
             break
     planner: Any = made[OURS].engine.planner
     whole = replace(stats, history=tuple(history))

@@ -14,6 +14,9 @@ from specdec.linear import cpu_has_fast_bf16
 from specdec.runner import ModelRunner, RunnerOptions
 from specdec.types import Committed
 
+# Tokens behind which a request is taken in without logits before it drafts.
+_MANY = 16
+
 
 class CachedTexts:
     """The committed text of every request, and a runner whose cache holds committed tokens only.
@@ -41,7 +44,6 @@ class CachedTexts:
         self._texts = [list(prompt) for prompt in prompts]
         self._order = list(range(len(prompts)))
         runner.begin(len(prompts), setup.capacity)
-        runner.prefill([prompt[:-1] for prompt in prompts])
 
     def arrange(self, requests: tuple[int, ...]) -> None:
         """Put the cache's rows in the order of the round; requests that ended leave the cache."""
@@ -59,9 +61,15 @@ class CachedTexts:
         return limit is None or max([len(self._texts[r]) for r in requests]) + depth <= limit
 
     def pending(self, requests: Sequence[int]) -> list[list[int]]:
-        """The tokens committed since the last forward, one or more a request; what was drafted leaves the cache."""
+        """The tokens committed since the last forward, one or more a request; what was drafted leaves the cache.
+
+        Many of them, the prompt to begin with, are taken in first, but for the last: a call that never drafts pays for no prompt.
+        """
         cache = self._runner.cache
         cache.lengths = [min(n, len(self._texts[r]) - 1) for n, r in zip(cache.lengths, requests, strict=True)]
+        late = [self._texts[r][n:-1] for n, r in zip(cache.lengths, requests, strict=True)]
+        if max(map(len, late)) > _MANY:
+            self._runner.prefill(late)
         return [self._texts[r][n:] for n, r in zip(cache.lengths, requests, strict=True)]
 
     def commit(self, committed: Committed) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections.abc import Mapping
+from functools import cache
 from itertools import accumulate
 
 # Samples that a size begins with: their median is where it starts. Until there are so many the least counts, since the first runs
@@ -61,8 +62,15 @@ class Curve:
             self._typical[size] = min(samples) if len(samples) < _FIRST else sorted(samples)[_FIRST // 2]
         else:
             self._typical[size] *= within(seconds / self._typical[size]) ** follow
-        self._sizes = sorted(self._typical)
-        self._values = list(accumulate([self._typical[known] for known in self._sizes], max))
+        if len(self._sizes) < len(self._typical):
+            insort(self._sizes, size)
+        self._values = []
+
+    def _seconds(self) -> list[float]:
+        """Of each measured size, not falling; put together when first asked for after a measurement."""
+        if not self._values:
+            self._values = list(accumulate([self._typical[known] for known in self._sizes], max))
+        return self._values
 
     def settled(self, size: int) -> float | None:
         """Where this size stands; None until it was measured so often that it can tell the pace."""
@@ -93,14 +101,14 @@ class Curve:
         """The least that it may take: growing half as fast as expected beyond the largest known size."""
         known = [self._typical[own] for own in self._sizes if own <= size and self._fresh(own) >= _KNOWN]
         if not known or (len(known) < 2 and not self._in_steps):
-            return known[-1] if known else self._values[0]
+            return known[-1] if known else self._seconds()[0]
         return known[-1] + _HOPED_GROWTH * max(self.at(size) - known[-1], 0.0)
 
     def at(self, size: float) -> float:
         """Seconds: measured, interpolated between measured neighbours, or carried on beyond the last ones."""
         if size in self._typical:
             return self._typical[int(size)]
-        sizes, values = self._sizes, self._values
+        sizes, values = self._sizes, self._seconds()
         if size <= sizes[0]:
             return values[0]
         if size >= sizes[-1]:
@@ -243,6 +251,7 @@ class CostModel:
         return self._draft[name, width, min(own, key=lambda known: abs(known - batch))]
 
 
+@cache
 def bucket(batch: int) -> int:
     """The batch sizes that share measurements with this one, by the largest of them."""
     place = bisect_left(_BATCHES, batch)

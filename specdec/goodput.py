@@ -22,10 +22,12 @@ logger = logging.getLogger(__name__)
 _PLAIN_EVERY = 96
 # Rounds that a new batch size goes by what others took, before its plain rounds are measured.
 _BORROWS = 8
-# Rounds that a plan stays once so many times as many went by since something changed.
-_PLAN_STAYS, _SETTLES = 8, 8
-# Observations of its deepest level without which a plan stays for one round only.
-_SEEN = 3.0
+# Rounds that a plan stays once so many times as many went by since something changed; how many of those a new text leaves.
+_PLAN_STAYS, _SETTLES, _NEW_TEXT = 16, 8, 64
+# Rounds that are learned from together, at most; and those that are learned from at once.
+_TOGETHER, _TRIES = 8, frozenset({"first", "hope", "trial"})
+# Observations of its deepest level without which a plan stays for one round only, in so many first rounds.
+_SEEN, _EARLY = 3.0, 32
 # A plan replaces another when it is better by this share.
 _HYSTERESIS = 0.02
 # Drafting has to be expected to be better than plain decoding by as much: luck makes the best of many plans look better than it is.
@@ -94,6 +96,9 @@ class GoodputPlanner:
         self._rounds: dict[int, int] = {}
         self._lengths: dict[int, int] = {}
         self._plan: Plan | None = None
+        self._rest: Plan | None = None
+        self._said: tuple[Plan, Budget, int] | None = None
+        self._finished: list[tuple[_Asked, RoundStats]] = []
         self._asked: _Asked | None = None
         self._stays, self._steady, self._undrafted, self._choices = 0, 0, 0, 0
         self._hopes, self._hopes_lost_s, self._prepared_s, self._gained_s, self._total_s = False, 0.0, 0.0, 0.0, 0.0
@@ -119,8 +124,15 @@ class GoodputPlanner:
         """The budget of the next round, from what is known before it."""
         self._notice(load)
         why, plan = self._next(load)
+        said = self._said
+        if said is None or said[0] is not plan or said[1].forecast.why != why or min(load.room) <= said[2]:  # type: ignore[union-attr]
+            said = self._said = plan, self._budget(load, why, plan), max(plan.depth) + 1
+        self._asked = _Asked(why, plan, said[1].nodes, sum(load.lengths))
+        return said[1]
+
+    def _budget(self, load: Load, why: str, plan: Plan) -> Budget:
+        """What the plan asks for, where there is room for it."""
         nodes = tuple([max(0, min(count, room - 1)) for count, room in zip(plan.nodes, load.room, strict=True)])
-        self._asked = _Asked(why, plan, nodes, sum(load.lengths))
         depth = tuple([max(min(own, room - 1), 1) for own, room in zip(plan.depth, load.room, strict=True)])
         return Budget(
             load.requests,
@@ -136,41 +148,61 @@ class GoodputPlanner:
         return draft
 
     def observe(self, stats: RoundStats) -> None:
-        """Learn rates and times from a finished round, and whether speculation paid."""
+        """Note a finished round. Several are learned from together, which takes less time, unless one is a try."""
         asked = self._asked
         assert asked is not None
-        batch, arm = len(stats.requests), self._arms[asked.plan.arm]
-        target_s = stats.target_s + stats.verify_s + stats.other_s
-        if not stats.cold_target:
-            self._costs.observe(batch, sum(stats.drafted), asked.context, target_s)
-        self._rounds[bucket(batch)] = self._rounds.get(bucket(batch), 0) + 1
-        self._total_s += stats.draft_s + target_s
-        guard = self._guard(batch)
+        where = bucket(len(stats.requests))
+        self._rounds[where] = self._rounds.get(where, 0) + 1
         if not any(asked.nodes):
-            self._undrafted += 1
-            guard.observe_plain()
-            return
-        arm.observe(stats, tuple(map(min, asked.nodes, asked.plan.depth)))
-        if any(stats.drafted) and not stats.cold_draft:
+            self._guard(len(stats.requests)).observe_plain()
+        self._finished.append((asked, stats))
+        if asked.why in _TRIES or len(self._finished) >= _TOGETHER:
+            self._learn()
+
+    def _learn(self) -> None:
+        """Take in the finished rounds, in order."""
+        finished, self._finished, self._rest = self._finished, [], None
+        for asked, stats in finished:
+            self._learn_times(asked, stats)
+            if not any(asked.nodes):
+                self._undrafted += 1
+                continue
+            self._undrafted = 0
+            arm = self._arms[asked.plan.arm]
+            arm.observe(stats, tuple(map(min, asked.nodes, asked.plan.depth)))
+            for other in self._arms:
+                other.idle = 0 if other is arm else other.idle + 1
+            self._learn_gain(asked, stats)
+
+    def _learn_times(self, asked: _Asked, stats: RoundStats) -> None:
+        """What a warm round took."""
+        batch, drafted, arm = len(stats.requests), sum(stats.drafted), self._arms[asked.plan.arm]
+        target_s = stats.target_s + stats.verify_s + stats.other_s
+        self._total_s += stats.draft_s + target_s
+        if not stats.cold_target:
+            self._costs.observe(batch, drafted, asked.context, target_s)
+        if drafted and not stats.cold_draft:
             depth = max(map(min, asked.nodes, asked.plan.depth))
             late = self._undrafted >= _CATCHES_UP
             self._costs.observe_draft(arm.name, arm.width, batch, depth, stats.draft_s, at_most=late)
-        self._undrafted = 0
-        for other in self._arms:
-            other.idle = 0 if other is arm else other.idle + 1
-        round_ = Judged(batch, sum(stats.drafted), sum(stats.accepted), stats.draft_s + target_s)
-        plain_s = self._costs.plain(batch, asked.context)
-        # A cold round also prepares its size, which is paid once, by every planner, and says nothing of later rounds.
-        cold = stats.cold_target or stats.cold_draft
+
+    def _learn_gain(self, asked: _Asked, stats: RoundStats) -> None:
+        """What a round that drafted gained over plain decoding."""
+        batch = len(stats.requests)
+        round_ = Judged(
+            batch, sum(stats.drafted), sum(stats.accepted), stats.draft_s + stats.target_s + stats.verify_s + stats.other_s
+        )
+        plain_s, guard = self._costs.plain(batch, asked.context), self._guard(batch)
         gained_s = round_.tokens * plain_s / batch - min(round_.seconds, _LONGEST * plain_s)
         self._gained_s += gained_s
-        if cold:
-            self._prepared_s += max(round_.seconds - _LONGEST * plain_s, 0.0)
         self._hopes_lost_s -= gained_s * (asked.why == "hope")
-        if cold and not guard.trying:
-            return
+        if stats.cold_target or stats.cold_draft:
+            # A cold round also prepares its size, which is paid once, by every planner, and says nothing of later rounds.
+            self._prepared_s += max(round_.seconds - _LONGEST * plain_s, 0.0)
+            if not guard.trying:
+                return
         if guard.observe(round_, plain_s):
-            arm.rates.doubt()
+            self._arms[asked.plan.arm].rates.doubt()
             self._stays = self._steady = 0
 
     def _notice(self, load: Load) -> None:
@@ -181,10 +213,11 @@ class GoodputPlanner:
             self._begin(traits)
         for request, length in zip(load.requests, load.lengths, strict=True):
             if length < self._lengths.get(request, length + 1):
+                self._learn()
                 for arm in self._arms:
                     arm.rates.forget(request)
                 self._guard(len(load.requests)).new_text()
-                self._stays = self._steady = 0
+                self._stays, self._steady = 0, min(self._steady, _NEW_TEXT)
             self._lengths[request] = length
 
     def _begin(self, traits: tuple[DrafterTraits, ...]) -> None:
@@ -217,17 +250,21 @@ class GoodputPlanner:
         return self._settled(load)
 
     def _plain(self, load: Load) -> Plan:
-        nothing, batch, context = (0,) * len(load.requests), len(load.requests), sum(load.lengths)
-        seconds = self._costs.plain(batch, context) if self._costs.knows(batch) else float("inf")
-        return Plan(0, load.requests, nothing, nothing, 1, 0, batch, seconds)
+        """Plain decoding; the same plan until something is learned."""
+        if self._rest is None or self._rest.requests != load.requests:
+            nothing, batch, context = (0,) * len(load.requests), len(load.requests), sum(load.lengths)
+            seconds = self._costs.plain(batch, context) if self._costs.knows(batch) else float("inf")
+            self._rest = Plan(0, load.requests, nothing, nothing, 1, 0, batch, seconds)
+        return self._rest
 
     def _settled(self, load: Load) -> tuple[str, Plan]:
         """The plan that stays for some rounds; a new one when its time is over or the requests are others."""
         self._steady += 1
         if self._plan is None or self._plan.requests != load.requests or self._stays <= 0:
+            self._learn()
             self._stays, self._hopes = min(1 + self._steady // _SETTLES, _PLAN_STAYS), False
             self._plan = self._choose(load)
-            if self._arms[self._plan.arm].rates.reached(max(self._plan.depth)) < _SEEN:
+            if self._steady < _EARLY and self._arms[self._plan.arm].rates.reached(max(self._plan.depth)) < _SEEN:
                 self._stays = 1
         self._stays -= 1
         if any(self._plan.nodes):

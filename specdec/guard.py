@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-# Rounds that speculation is judged by; how many there have to be; deviations that pass for bad luck.
-_WINDOW, _ENOUGH, _LUCK = 32, 8, 1.5
+# Rounds that speculation is judged by; how many there have to be; one among so many judges; deviations that pass for bad luck.
+_WINDOW, _ENOUGH, _JUDGED_EVERY, _LUCK = 32, 8, 4, 1.5
 # Rounds that a trial lasts for while nothing is accepted.
 TRIAL = 2
 # Plain rounds until the next trial: at first, doubled each time; at most; and so many that trials cost this share of the time.
 _FIRST_WAIT, _LONGEST_WAIT, _TRIALS_COST = 16, 256, 0.006
+# A wait from which on another text is no reason to try sooner.
+_HOPELESS = 32
 # Plain rounds that a round counts as, at most.
 _LONGEST = 3.0
 # Rounds that speculation has to be on for before going off counts as new.
@@ -73,8 +75,9 @@ class Guard:
         return False
 
     def new_text(self) -> None:
-        """Another text begins, of which the last one says little: the next trial is soon."""
-        self.left = min(self.left, 1)
+        """Another text begins, of which the last one says little: the next trial is soon, unless many have failed in a row."""
+        if self._wait <= _HOPELESS:
+            self.left = min(self.left, 1)
 
     def pause(self, plain_s: float) -> None:
         """The planner itself found nothing that pays."""
@@ -86,7 +89,7 @@ class Guard:
         self._rounds += 1
         self._window.append((round_.tokens, round_.seconds))
         rounds = len(self._window)
-        if rounds < _ENOUGH:
+        if rounds < _ENOUGH or self._rounds % _JUDGED_EVERY:
             return
         total = sum([count for count, _ in self._window])
         typical = sorted([own for _, own in self._window])[rounds // 2]

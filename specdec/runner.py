@@ -62,7 +62,7 @@ class ModelRunner:
 
     The user's model is left as it was found: forwards run on a twin that shares its weights. One batch at a time:
     `begin` starts it, `prefill` fills the cache, `score` and `commit` alternate. forward_s: seconds spent in `forward` so far.
-    cold: calls so far that were the first of their size or captured it, whose times say nothing of later ones.
+    cold: calls so far that prefilled, were the first of their size or captured it: their times say nothing of later ones.
     """
 
     def __init__(self, model: nn.Module, *, taps: Sequence[str] = (), options: RunnerOptions | None = None) -> None:
@@ -158,6 +158,7 @@ class ModelRunner:
 
         chunk: most rows in one forward, `RunnerOptions.prefill_rows` by default.  No logits are computed but one row's.
         """
+        self._cold += 1
         sources = list(range(len(texts))) if any(self.cache.lengths) else [texts.index(text) for text in texts]
         done = [0 if source == b else len(texts[b]) for b, source in enumerate(sources)]
         while any(d < len(text) for d, text in zip(done, texts, strict=True)):
