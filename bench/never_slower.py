@@ -12,8 +12,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
+from math import exp, log, sqrt
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median, stdev
 from time import perf_counter
 from typing import Annotated, Any
 
@@ -28,15 +29,18 @@ from specdec import FixedPlanner, GoodputPlanner, SpeculativeGenerator, bundled_
 from specdec.bench.opponents import KINDS, Watched, opponent
 from specdec.bench.replay import LENGTHS, Recording, Times, played
 from specdec.bench.speed import Prompt, load_prompts, machine
-from specdec.bench.timing import ratio_interval, timed
+from specdec.bench.statistics import t_quantile
+from specdec.bench.timing import timed
 from specdec.types import Budget, Draft, Load, RoundStats
 
 BATCHES, TEMPERATURES, WORKLOADS = (1, 4, 16), (0.0, 1.0), ("dialogue", "code", "docs")
 PLAIN, OURS = "plain", "goodput"
 # Turns of a cell: at least, and at most; and those that every fixed length takes part in.
-_FEWEST, _MOST, _SWEPT = 5, 24, 2
+_FEWEST, _MOST, _SWEPT = 5, 16, 2
+# How far from the median turn a turn counts, in the logarithm of its ratio.
+_HIT = 0.3
 # Turns after which a cell ends whose interval lies above 1: prompts differ in what they gain, and it is not slower.
-_DECIDED = 8
+_DECIDED = 6
 _NARROW = 0.03
 _DEPTH = max(LENGTHS)
 
@@ -111,29 +115,29 @@ def _measured(bench: Bench, batch: int, kind: str, temperature: float, workload:
     """A cell: ratios with intervals, and how good the forecasts were."""
     made = bench.generators(kind)
     seconds: dict[str, list[float]] = {name: [] for name in made}
-    tokens: dict[str, list[int]] = {name: [] for name in made}
     history, equal, interval = list[RoundStats](), 0, (0.0, 0.0, 0.0)
     stats: Any = None
     bench.run(made[PLAIN], bench.batch(workload, batch, 0), temperature)
     for turn in range(_MOST):
         prompts, said = bench.batch(workload, batch, turn), {}
-        names = [n for n in made if n in (PLAIN, OURS) or turn < _SWEPT]
-        for name in names[turn % 2 :] + names[: turn % 2]:
+        pair = [OURS, PLAIN] if turn % 2 else [PLAIN, OURS]
+        for name in [*pair, *[n for n in made if n not in pair and turn < _SWEPT]]:
             said[name], took = timed(lambda name=name, prompts=prompts: bench.run(made[name], prompts, temperature))  # type: ignore[misc]
             seconds[name].append(took)
-            tokens[name].append(batch * bench.new)
         equal += said[OURS] == said[PLAIN]
         stats = made[OURS].stats
         history += stats.history
-        interval = ratio_interval(seconds, tokens, OURS, PLAIN)
-        narrow = turn + 1 >= _FEWEST and interval[2] - interval[1] <= 2 * _NARROW
-        if narrow or (turn + 1 >= _DECIDED and interval[1] > 1.0):
+        if turn + 1 < _FEWEST:
+            continue
+        interval = paired_ratio(seconds[PLAIN], seconds[OURS])
+        if interval[2] - interval[1] <= 2 * _NARROW or (turn + 1 >= _DECIDED and interval[1] > 1.0):
             break
     planner: Any = made[OURS].engine.planner
     whole = replace(stats, history=tuple(history))
     return {
         "ratio": interval,
         "turns": len(seconds[OURS]),
+        "seconds": {name: [round(own, 4) for own in took] for name, took in seconds.items()},
         "equal": equal,
         "fixed": {n: _against(seconds, n) for n in made if n.startswith("fixed")},
         "ours_when_swept": _against(seconds, OURS),
@@ -143,9 +147,21 @@ def _measured(bench: Bench, batch: int, kind: str, temperature: float, workload:
     }
 
 
+def paired_ratio(plain: Sequence[float], ours: Sequence[float]) -> tuple[float, float, float]:
+    """Plain seconds over ours, and its 95 % t interval: the mean of the logarithms of each turn's ratio.
+
+    A turn that another load on the machine hit counts as _HIT away from the median turn: what starting costs is less than that.
+    """
+    logs = [log(a / b) for a, b in zip(plain, ours, strict=True)]
+    middle = median(logs)
+    kept = [min(max(own, middle - _HIT), middle + _HIT) for own in logs]
+    half = t_quantile(0.975, len(kept) - 1) * stdev(kept) / sqrt(len(kept))
+    return exp(fmean(kept)), exp(fmean(kept) - half), exp(fmean(kept) + half)
+
+
 def _against(seconds: dict[str, list[float]], name: str) -> float:
     """Plain decoding's seconds over those of `name`, in the turns that all took part in."""
-    return sum(seconds[PLAIN][:_SWEPT]) / sum(seconds[name][:_SWEPT])
+    return exp(fmean([log(a / b) for a, b in zip(seconds[PLAIN][:_SWEPT], seconds[name][:_SWEPT], strict=True)]))
 
 
 def _verdict(cells: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -174,7 +190,7 @@ def live(
     """Measure the grid; interrupt and go on as you like."""
     bench, console = Bench(prompts, max_new_tokens), Console()
     report = json.loads(output.read_text()) if output.exists() else {"machine": machine(), "cells": {}}
-    keys = [(b, k, t, w) for b, t, w, k in product(BATCHES, TEMPERATURES, WORKLOADS, KINDS) if only in f"{b}/{k}/{t:g}/{w}"]
+    keys = [(b, k, t, w) for w, t, b, k in product(WORKLOADS, TEMPERATURES, BATCHES, KINDS) if only in f"{b}/{k}/{t:g}/{w}"]
     for batch, kind, temperature, workload in track(keys, "cells", console=console):
         key = f"{batch}/{kind}/{temperature:g}/{workload}"
         if key in report["cells"]:

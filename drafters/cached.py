@@ -37,7 +37,7 @@ class CachedTexts:
         if setup.vocabulary != runner.vocabulary:
             raise VocabularyMismatchError(
                 f"the {what} has {runner.vocabulary} tokens, the target {setup.vocabulary}; use a draft of the same "
-                "family, or specdec.drafters.vocab_map.VocabMap with both tokenizers"
+                "family, or specdec.VocabMap with both tokenizers"
             )
         if setup.device != runner.device:
             raise SpecDecError(f"the {what} is on {runner.device}, the target on {setup.device}; move one of them")

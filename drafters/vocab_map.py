@@ -14,6 +14,7 @@ from specdec.drafters.base import DraftSetup
 from specdec.drafters.byte_alignment import ByteText, ByteVocabulary, shared_tokens, without_open_end
 from specdec.drafters.cached import draft_options
 from specdec.drafters.slots import CHAIN_LAWS, SlotWatch, drafted_paths
+from specdec.drafters.string_law import StringLaw
 from specdec.errors import SpecDecError, VocabularyMismatchError
 from specdec.kernels.transfer import on_device
 from specdec.noise import Stream
@@ -26,7 +27,7 @@ from specdec.types import Budget, Committed, Draft, Law
 from specdec.verify.chooser import NoiseChooser
 from specdec.verify.coupled import coupled_pick
 
-WAYS = ("intersection", "string")
+WAYS = ("intersection", "string", "string-rejection")
 # A token of the target is at most so many of the draft's, when it is told how far to write.
 _MOST_PER_TOKEN = 16.0
 
@@ -42,7 +43,10 @@ class VocabMap:
     tokens like any other, so every rule for chains is exact with it. Best where the vocabularies share much.
     "string" (SLEM, algorithm 2): the draft writes text, greedily, which becomes target tokens behind the committed ones.
     Deterministic. Best where they share little; a drafted token takes as many draft steps as the text so far took for one of its
-    tokens. On a GPU reading the text costs one more synchronisation a round, both ways.
+    tokens.
+    "string-rejection" (SLRS): for drafts that write single bytes, a law over all of the target's tokens, see
+    `drafters.string_law`. It takes 1 + `forwards` draft forwards for a drafted token, and every rule for chains is exact with it.
+    On a GPU reading the text costs one more synchronisation a round, and "string-rejection" one for every drafted token.
     """
 
     taps: tuple[str, ...] = ()
@@ -55,16 +59,20 @@ class VocabMap:
         model: nn.Module,
         by: str = "intersection",
         *,
+        nodes: int = 64,
+        forwards: int = 8,
         options: RunnerOptions | None = None,
     ) -> None:
         """model: the draft, of draft_tokenizer's vocabulary; left as it was found.
 
+        nodes, forwards: for "string-rejection" only. Behind how many beginnings of tokens the draft is asked what follows, for one
+        drafted token, and in how many forwards; tokens of up to forwards + 1 bytes are drafted.
         Raises SpecDecError for another `by`, and for what is no model; VocabularyMismatchError for a tokenizer that cannot be
-        read as bytes, and for vocabularies that share nothing.
+        read as bytes, for vocabularies that share nothing, and with "string-rejection" for drafts that are not byte-level.
         """
         _check(by, model)
         self.name = f"vocab-map-{by}"
-        self.laws = CHAIN_LAWS if by == "intersection" else frozenset({Law.DETERMINISTIC})
+        self.laws = frozenset({Law.DETERMINISTIC}) if by == "string" else CHAIN_LAWS
         self._by = by
         self._target, self._draft = ByteVocabulary(target_tokenizer, "target"), ByteVocabulary(draft_tokenizer, "draft")
         self.runner = ModelRunner(model, options=options or draft_options(model))
@@ -72,7 +80,8 @@ class VocabMap:
         target_ids, draft_ids = shared_tokens(self._target, self._draft)
         if by == "intersection" and not target_ids:
             raise VocabularyMismatchError("the two vocabularies share no token; use by='string'")
-        self.shared = len(target_ids)
+        self._strings = StringLaw(self._target, self._draft, self.runner, nodes, forwards) if by == "string-rejection" else None
+        self.shared = len(target_ids) if self._strings is None else self._strings.tokens
         self._pairs = on_device([target_ids, draft_ids], self.runner.device)
 
     def begin(self, prompts: tuple[tuple[int, ...], ...], setup: DraftSetup) -> None:
@@ -97,8 +106,10 @@ class VocabMap:
             room = self._texts.room(found)
             if self._by == "string":
                 return self._written(found, budget, counts, room)
-            if room >= max(counts):
-                return self._shared(self._texts.pending(budget.requests, found), budget, max(counts))
+            depth = min(max(counts), room // (1 if self._strings is None else self._strings.reach))
+            # By shared tokens a chain is whole or not there.
+            if depth > 0 and (depth == max(counts) or self._strings is not None):
+                return self._drawn(self._texts.pending(budget.requests, found), budget, depth)
         return self._nothing(budget.requests)
 
     def commit(self, committed: Committed) -> None:
@@ -108,7 +119,7 @@ class VocabMap:
 
     @property
     def _law(self) -> Law:
-        drawn = self._by == "intersection" and self._setup.sampling is not None
+        drawn = self._by != "string" and self._setup.sampling is not None
         return self._setup.law if drawn else Law.DETERMINISTIC
 
     def _nothing(self, requests: Sequence[int]) -> Draft:
@@ -153,17 +164,14 @@ class VocabMap:
             tokens.append(logits.argmax(-1, keepdim=True))
         return torch.cat(tokens, 1)
 
-    def _shared(self, pending: list[list[int]], budget: Budget, depth: int) -> Draft:
-        """Draw one shared token after the other, each from the law given the ones before it."""
-        logits = self.runner.extend(pending)[1]
+    def _drawn(self, pending: list[list[int]], budget: Budget, depth: int) -> Draft:
+        """Draw one token after the other, each from the law given the ones before it."""
         draw = self._drawing(budget.requests)
         watch = SlotWatch(budget, depth)
         drafted: list[Tensor] = []
         laws: list[Tensor] = []
         for step in range(depth):
-            if step:
-                logits = self.runner.forward(next_rows(self.runner.cache, step - 1, self._as_draft[drafted[-1]]))[0]
-            processed = self._processed(logits, budget.requests, drafted)
+            processed = self._processed(self._next(pending, drafted), budget.requests, drafted)
             if not watch.goes_on(processed):
                 break
             token, q = draw(processed, step)
@@ -176,16 +184,26 @@ class VocabMap:
         laws.append(torch.zeros_like(laws[0]))
         return Draft(tree, self._law, torch.stack(laws, 1)[:, : tree.tokens.shape[1]], slots=watch.stats())
 
-    def _processed(self, logits: Tensor, slots: tuple[int, ...], drafted: list[Tensor]) -> Tensor:
-        """Logits [B, V of the target], processed as the target's are. Tokens that only one vocabulary has are out."""
+    def _next(self, pending: list[list[int]], drafted: list[Tensor]) -> Tensor:
+        """Logits [B, V of the target] behind what was drafted so far. Tokens that the draft cannot write are out."""
+        if self._strings is not None:
+            behind = self._strings.spelled(drafted[-1]) if drafted else pending
+            return self._strings.logits(behind, self._setup.vocabulary)
+        if drafted:
+            logits = self.runner.forward(next_rows(self.runner.cache, len(drafted) - 1, self._as_draft[drafted[-1]]))[0]
+        else:
+            logits = self.runner.extend(pending)[1]
         target_ids, draft_ids = self._pairs
         wide = logits.new_full((logits.shape[0], self._setup.vocabulary), float("-inf"))
-        wide = wide.index_copy(1, target_ids, logits.index_select(1, draft_ids))
+        return wide.index_copy(1, target_ids, logits.index_select(1, draft_ids))
+
+    def _processed(self, wide: Tensor, slots: tuple[int, ...], drafted: list[Tensor]) -> Tensor:
+        """Logits [B, V of the target], processed as the target's are."""
         sampling = self._setup.sampling
         if sampling is None or self._law is Law.DETERMINISTIC:
             return wide
         processed = sampling.process(wide, lambda: drafted_paths(slots, drafted))
-        # Where the processing allows no shared token there is no law; the unprocessed one is, though nothing will be accepted.
+        # Where the processing allows none of the tokens there is no law; the unprocessed one is, though nothing will be accepted.
         return torch.where(processed.amax(-1, keepdim=True).isneginf(), wide.to(processed.dtype), processed)
 
     def _drawing(self, slots: tuple[int, ...]) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
@@ -276,11 +294,6 @@ def _steps(draft_tokens: int, target_tokens: int, count: int) -> int:
 
 
 def _check(by: str, model: object) -> None:
-    if by == "string-rejection":
-        raise SpecDecError(
-            "by='string-rejection' needs the law of a target token's text under the draft, a sum over all the ways to write it, "
-            "which is not computed here; use 'intersection' for a law, or 'string' for text"
-        )
     if by not in WAYS:
         raise SpecDecError(f"by={by!r}: allowed are {', '.join(map(repr, WAYS))}")
     if not isinstance(model, nn.Module):

@@ -9,20 +9,30 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from specdec.bundled import bundled_path
+    from specdec.drafters.best_first import BestFirstDrafter
+    from specdec.drafters.sampled_tree import SampledTreeDrafter
+    from specdec.drafters.staged import Staged
+    from specdec.drafters.vocab_map import VocabMap
     from specdec.errors import SpecDecError
     from specdec.generator import SpeculativeGenerator
     from specdec.goodput import GoodputPlanner
     from specdec.planner import FixedPlanner
     from specdec.runner import RunnerOptions
+    from specdec.tetris import TetrisPlanner
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BestFirstDrafter",
     "FixedPlanner",
     "GoodputPlanner",
     "RunnerOptions",
+    "SampledTreeDrafter",
     "SpecDecError",
     "SpeculativeGenerator",
+    "Staged",
+    "TetrisPlanner",
+    "VocabMap",
     "__version__",
     "bundled_path",
 ]
@@ -34,11 +44,16 @@ if not (_here / "drafters").is_dir():
     __path__.append(str(_here.parent))
 
 _DEFINED_IN = {
+    "BestFirstDrafter": "specdec.drafters.best_first",
     "FixedPlanner": "specdec.planner",
     "GoodputPlanner": "specdec.goodput",
     "RunnerOptions": "specdec.runner",
+    "SampledTreeDrafter": "specdec.drafters.sampled_tree",
     "SpecDecError": "specdec.errors",
     "SpeculativeGenerator": "specdec.generator",
+    "Staged": "specdec.drafters.staged",
+    "TetrisPlanner": "specdec.tetris",
+    "VocabMap": "specdec.drafters.vocab_map",
     "bundled_path": "specdec.bundled",
 }
 

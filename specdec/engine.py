@@ -84,7 +84,7 @@ class Engine:
         if vocabulary != self.runner.vocabulary:
             raise VocabularyMismatchError(
                 f"the draft model has {vocabulary} tokens, the target {self.runner.vocabulary}; use a draft of the "
-                "same family, or specdec.drafters.vocab_map.VocabMap with both tokenizers"
+                "same family, or specdec.VocabMap with both tokenizers"
             )
         device = getattr(getattr(drafter, "runner", None), "device", self.runner.device)
         if device != self.runner.device:

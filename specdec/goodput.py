@@ -61,6 +61,16 @@ class _Asked:
     context: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """The budget last given, which serves again while the plan stays and all requests have room for more than its `deepest`."""
+
+    plan: Plan
+    why: str
+    budget: Budget
+    deepest: int
+
+
 class GoodputPlanner:
     """Chooses, each few rounds, the drafter, shape and nodes of every request that maximise expected tokens over expected seconds
     (SmartSpec, arXiv 2406.14066), from rates by depth, rank and request and from times by size, both measured as it goes.
@@ -97,7 +107,7 @@ class GoodputPlanner:
         self._lengths: dict[int, int] = {}
         self._plan: Plan | None = None
         self._rest: Plan | None = None
-        self._said: tuple[Plan, Budget, int] | None = None
+        self._said: _Said | None = None
         self._finished: list[tuple[_Asked, RoundStats]] = []
         self._asked: _Asked | None = None
         self._stays, self._steady, self._undrafted, self._choices = 0, 0, 0, 0
@@ -125,10 +135,10 @@ class GoodputPlanner:
         self._notice(load)
         why, plan = self._next(load)
         said = self._said
-        if said is None or said[0] is not plan or said[1].forecast.why != why or min(load.room) <= said[2]:  # type: ignore[union-attr]
-            said = self._said = plan, self._budget(load, why, plan), max(plan.depth) + 1
-        self._asked = _Asked(why, plan, said[1].nodes, sum(load.lengths))
-        return said[1]
+        if said is None or said.plan is not plan or said.why != why or min(load.room) <= said.deepest:
+            said = self._said = _Said(plan, why, self._budget(load, why, plan), max(plan.depth) + 1)
+        self._asked = _Asked(why, plan, said.budget.nodes, sum(load.lengths))
+        return said.budget
 
     def _budget(self, load: Load, why: str, plan: Plan) -> Budget:
         """What the plan asks for, where there is room for it."""

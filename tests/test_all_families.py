@@ -59,7 +59,7 @@ def test_a_family_is_refused_for_its_reason(family: str) -> None:
         assert _KNOWN[family].why in str(error.value).replace("|", "/")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("family", [f for f in every_family() if f not in WORKS and f not in REFUSED])
 def test_no_family_is_wrong(family: str) -> None:
     walked = walk(family)

@@ -150,7 +150,7 @@ def test_the_working_tree_is_the_checkout_of_this_package(monkeypatch: pytest.Mo
     assert working_tree() == tmp_path
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_load_two_checkouts_and_a_planted_slowdown_is_found(tmp_path: Path) -> None:
     """The other checkout's own code runs: it takes half as long again, and its package is another folder's."""
     copy = tmp_path / "copy"

@@ -76,13 +76,13 @@ CASES: dict[str, tuple[Callable[[str], Drafter], Planner, bool]] = {
 
 
 def _params() -> list[Any]:
-    """Every drafter once while working, on one family after the other and in turn alone and in a batch; the rest is slow."""
+    """Every drafter once while working, on one family after the other and in turn alone and in a batch; the rest is nightly."""
     found = []
     for place, name in enumerate(CASES):
         for number, family in enumerate(FAMILIES):
             for batch in BATCHES:
                 fast = number == place % len(FAMILIES) and batch == (1, 4)[place // 2 % 2]
-                found.append(pytest.param(family, name, batch, marks=() if fast else pytest.mark.slow))
+                found.append(pytest.param(family, name, batch, marks=() if fast else pytest.mark.nightly))
     return found
 
 

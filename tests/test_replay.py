@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 
 import pytest
 import torch
 
-from specdec.bench.never_slower import BATCHES, _agreed
+from specdec.bench.never_slower import BATCHES, _agreed, paired_ratio
 from specdec.bench.opponents import Adversary, Watched
 from specdec.bench.replay import LENGTHS, Recording, Times, fixed, played, replay
 from specdec.drafters.draft_model import DraftModelDrafter
@@ -102,3 +103,13 @@ def test_the_adversary_is_right_and_wrong_by_stretches_and_lossless() -> None:
     accepted = [stats.accepted[0] for stats in generator.stats.history]
     assert accepted[:8] == [2] * 8
     assert accepted[12:60] == [0] * 48
+
+
+def test_a_turn_that_the_machine_was_slow_in_moves_the_ratio_little_and_what_starting_costs_counts_whole() -> None:
+    even = paired_ratio([1.0] * 10, [1.0] * 10)
+    assert even == (1.0, 1.0, 1.0)
+    ratio, low, high = paired_ratio([1.0] * 10, [*[1.0] * 9, 5.0])
+    assert math.log(ratio) == pytest.approx(-0.03)
+    assert low < ratio < high
+    started = paired_ratio([1.0] * 10, [1.25, *[1.0] * 9])[0]
+    assert math.log(started) == pytest.approx(-math.log(1.25) / 10)

@@ -27,7 +27,8 @@ from tests.support_tokenizers import PHRASE, SPECIAL, TEXTS, model_for, permuted
 
 KINDS = ("byte-level", "bytes", "byte-fallback", "unigram")
 PAIRS = (("byte-level", "byte-fallback"), ("byte-fallback", "byte-level"), ("unigram", "bytes"), ("byte-level", "unigram"))
-SLOWER = [*PAIRS[:1], *[pytest.param(*pair, marks=pytest.mark.slow) for pair in PAIRS[1:]]]
+CASES = [(*pair, by) for pair in PAIRS for by in ("intersection", "string")] + [("byte-level", "bytes", "string-rejection")]
+SLOWER = [*CASES[:2], *[pytest.param(*case, marks=pytest.mark.slow) for case in CASES[2:]]]
 K, NEW = 4, 24
 # Capturing takes longer than these texts.
 PLAINLY = RunnerOptions(capture="off")
@@ -189,8 +190,7 @@ def _sayable(target: str, draft: str) -> Any:
     return model
 
 
-@pytest.mark.parametrize("by", WAYS)
-@pytest.mark.parametrize(("target", "draft"), SLOWER)
+@pytest.mark.parametrize(("target", "draft", "by"), SLOWER)
 def test_state_equals_state_rebuilt(target: str, draft: str, by: str) -> None:
     tokenizer, own, model = _tokenizer(target), _vocabulary(target), _sayable(target, draft)
     size = len(tokenizer)
@@ -285,7 +285,7 @@ def test_a_prefix_that_requests_share_is_not_written_again() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("by", WAYS)
+@pytest.mark.parametrize("by", ["intersection", "string"])
 def test_captured_forwards_draft_the_same(by: str) -> None:
     """Replays run again on buffers of fixed size, with a cache that sometimes gets shorter."""
     options = RunnerOptions(attention="triton", capture="off", pack="off", row_invariant=False, capture_after=1)
@@ -309,10 +309,8 @@ def test_captured_forwards_draft_the_same(by: str) -> None:
 def test_what_does_not_fit_is_refused() -> None:
     a, b = _tokenizer("byte-level"), _tokenizer("bytes")
     model = model_for(b)
-    with pytest.raises(SpecDecError, match="'intersection', 'string'"):
+    with pytest.raises(SpecDecError, match="'intersection', 'string', 'string-rejection'"):
         VocabMap(a, b, model, by="text")
-    with pytest.raises(SpecDecError, match="string-rejection"):
-        VocabMap(a, b, model, by="string-rejection")
     with pytest.raises(SpecDecError, match="PromptLookupDrafter"):
         VocabMap(a, b, PromptLookupDrafter())  # type: ignore[arg-type]
     with pytest.raises(VocabularyMismatchError, match="WordPiece"):
@@ -355,8 +353,7 @@ def _lossless(model: Any, inputs: dict[str, torch.Tensor], drafter: VocabMap) ->
     return greedy, _share(planner)
 
 
-@pytest.mark.parametrize("by", WAYS)
-@pytest.mark.parametrize(("target", "draft"), SLOWER)
+@pytest.mark.parametrize(("target", "draft", "by"), SLOWER)
 def test_two_that_know_one_text_agree_on_it(target: str, draft: str, by: str) -> None:
     model, other = reciter(_tokenizer(target)), reciter(_tokenizer(draft))
     drafter = VocabMap(_tokenizer(target), _tokenizer(draft), other, by, options=PLAINLY)
@@ -366,8 +363,7 @@ def test_two_that_know_one_text_agree_on_it(target: str, draft: str, by: str) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("by", WAYS)
-@pytest.mark.parametrize(("target", "draft"), PAIRS)
+@pytest.mark.parametrize(("target", "draft", "by"), CASES)
 def test_random_models_disagree_and_lose_nothing(target: str, draft: str, by: str) -> None:
     model, other = model_for(_tokenizer(target)), model_for(_tokenizer(draft), seed=9)
     drafter = VocabMap(_tokenizer(target), _tokenizer(draft), other, by, options=PLAINLY)
@@ -386,5 +382,6 @@ def test_one_model_under_other_numbers_is_itself(by: str) -> None:
     drafter = VocabMap(_tokenizer("bytes"), tokenizer, other, by, options=PLAINLY)
     assert drafter.shared == 256
     greedy, sampled = _lossless(model, _inputs("bytes", ["春眠不觉晓 and then", "😀 x"]), drafter)
-    assert greedy > (0.95 if by == "intersection" else 0.6)
-    assert sampled > (0.95 if by == "intersection" else 0.05)
+    # Only the first and the last are laws.
+    assert greedy > (0.6 if by == "string" else 0.95)
+    assert sampled > (0.05 if by == "string" else 0.95)
