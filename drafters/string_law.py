@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -23,8 +25,10 @@ class StringLaw:
     That is SLRS's psi where text becomes tokens by the longest match. What a draft of single bytes writes has one probability and
     not a sum over all the ways to write it, and the law is a sum over the trie of the target's tokens. Of the trie's inner nodes
     only the most likely are asked for, by the draft's probabilities alone. Behind the others the trie ends: their text counts for
-    the longest token so far. So whatever is asked for, what comes out is a law over target tokens that is wholly known before
-    anything is drawn from it, and every rule for chains is exact with it.
+    the longest token so far. A token that is one token together with the one before it is out: a tokenizer writes no such pair.
+
+    So whatever is asked for, what comes out is a law over target tokens that is wholly known before anything is drawn from it, and
+    every rule for chains is exact with it.
     """
 
     def __init__(
@@ -41,10 +45,13 @@ class StringLaw:
         self._trie = TokenTrie(target, draft, runner.device)
         self.tokens = len(self._trie.spelling)
         # Most draft positions that one target token takes, drawn or only asked for.
-        self.reach = min(forwards + 1, self._trie.depth)
+        self.reach = max(min(forwards + 1, self._trie.depth), self._trie.least)
 
-    def logits(self, texts: Sequence[Sequence[int]], vocabulary: int) -> Tensor:
-        """Append texts[b], one draft token or more, to row b of the cache. Log law of the target token behind it, [B, V] fp32."""
+    def logits(self, texts: Sequence[Sequence[int]], last: Sequence[int], vocabulary: int) -> Tensor:
+        """Append texts[b], one draft token or more, to row b of the cache. Log law of the target token behind it, [B, V] fp32.
+
+        last: the target token that each text ends with. vocabulary: V of the target. The law is not made to sum to 1.
+        """
         runner, cache = self._runner, self._runner.cache
         law = TextLaw(self._trie, runner.extend(texts)[1])
         seen = Frontier(tuple(cache.lengths), runner.device)
@@ -53,19 +60,28 @@ class StringLaw:
             rows = seen.rows(chosen.tokens, chosen.parents, chosen.depths, cache.shared)
             cache.ensure(rows.span)
             law.expand(runner.forward(rows)[0])
-        return law.log_law(vocabulary)
+        known = law.log_law(vocabulary)
+        out = [(row, token) for row, before in enumerate(last) for token in self._trie.joined(before)]
+        if not out:
+            return known
+        rows, tokens = on_device(list(zip(*out, strict=True)), runner.device)
+        left = known.index_put((rows, tokens), known.new_tensor(_NEVER))
+        return torch.where(left.amax(1, keepdim=True).isneginf(), known, left)
 
-    def spelled(self, tokens: Tensor) -> list[list[int]]:
-        """Target tokens [B, 1] in draft tokens, one or more each. One read."""
-        return [self._trie.spelling.get(token, [0]) for token in tokens[:, 0].tolist()]
+    def spelled(self, tokens: Sequence[int]) -> list[list[int]]:
+        """Each target token in draft tokens, one or more; what the draft cannot write is its token 0.
+
+        A token out of reach, which only a processor can bring about, is cut off.
+        """
+        return [self._trie.spelling.get(token, [0])[: self.reach] for token in tokens]
 
 
 class TokenTrie:
     """The beginnings of all target tokens that the draft can write. Node 0 is the empty one; the children of a node are neighbours.
 
     Of each node, int64 [M]. first, count: its children.  letter: the draft token of its last byte.  longest: the longest token that
-    it begins with or is, -1 for none.  Then, spelling: draft tokens of each target token.  depth: bytes of the longest token.
-    widest: most children of a node.
+    it begins with or is, -1 for none.  Then, spelling: draft tokens of each target token.  depth, least: bytes of the
+    longest and of the shortest tokens.  shortest: those tokens.  widest: most children of a node.
     """
 
     def __init__(self, target: ByteVocabulary, draft: ByteVocabulary, device: torch.device) -> None:
@@ -86,8 +102,19 @@ class TokenTrie:
             longest[node] = tokens.get(name, longest[above])
         self.first, self.count, self.letter, self.longest = on_device([first, count, letter, longest], device)
         self.spelling = {token: [letters[byte] for byte in data] for data, token in tokens.items()}
-        self.tokens = on_device(list(self.spelling), device)
-        self.depth, self.widest = len(names[-1]), max(count)
+        self.depth, self.least, self.widest = len(names[-1]), min(map(len, tokens)), max(count)
+        self.shortest = on_device([token for data, token in tokens.items() if len(data) == self.least], device)
+        self._names, self._ids, self._bytes = sorted(tokens), tokens, {token: data for data, token in tokens.items()}
+        self._joined: dict[int, list[int]] = {}
+
+    def joined(self, token: int) -> list[int]:
+        """The tokens that are one token together with this one before them."""
+        if token not in self._joined:
+            data = self._bytes.get(token, b"")
+            longer = self._names[bisect_right(self._names, data) :] if data else []
+            ends = [name[len(data) :] for name in takewhile(lambda name: name.startswith(data), longer)]
+            self._joined[token] = [self._ids[end] for end in ends if end in self._ids]
+        return self._joined[token]
 
 
 class TextLaw:
@@ -138,16 +165,16 @@ class TextLaw:
         self._asked, self._left = torch.cat((self._asked, nodes), 1), torch.cat((self._left, left), 1)
 
     def log_law(self, vocabulary: int) -> Tensor:
-        """[B, V] fp32, not made to sum to 1: what the draft writes that begins with no known token is missing.
+        """[B, V] fp32: what the draft writes that begins with no known token is missing.
 
-        Where that is everything, all tokens that the draft can write are equally likely.
+        Where that is everything, the shortest tokens are equally likely.
         """
         trie = self._trie
         tokens = trie.longest[torch.cat((self._nodes, self._asked), 1)]
         ends = torch.cat((self._scores.masked_fill(self._done, _NEVER), self._left), 1).double().exp()
         # In double precision, so that the order in which a GPU adds does not show.
         mass = ends.new_zeros(ends.shape[0], vocabulary).scatter_add(1, tokens.clamp(min=0), ends.masked_fill(tokens < 0, 0.0))
-        even = mass.new_zeros(vocabulary).index_fill(0, trie.tokens, 1.0)
+        even = mass.new_zeros(vocabulary).index_fill(0, trie.shortest, 1.0)
         return torch.where(mass.sum(1, keepdim=True) == 0, even, mass).log().float()
 
 

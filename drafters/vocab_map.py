@@ -171,7 +171,7 @@ class VocabMap:
         drafted: list[Tensor] = []
         laws: list[Tensor] = []
         for step in range(depth):
-            processed = self._processed(self._next(pending, drafted), budget.requests, drafted)
+            processed = self._processed(self._next(pending, budget.requests, drafted), budget.requests, drafted)
             if not watch.goes_on(processed):
                 break
             token, q = draw(processed, step)
@@ -184,11 +184,11 @@ class VocabMap:
         laws.append(torch.zeros_like(laws[0]))
         return Draft(tree, self._law, torch.stack(laws, 1)[:, : tree.tokens.shape[1]], slots=watch.stats())
 
-    def _next(self, pending: list[list[int]], drafted: list[Tensor]) -> Tensor:
+    def _next(self, pending: list[list[int]], slots: Sequence[int], drafted: list[Tensor]) -> Tensor:
         """Logits [B, V of the target] behind what was drafted so far. Tokens that the draft cannot write are out."""
         if self._strings is not None:
-            behind = self._strings.spelled(drafted[-1]) if drafted else pending
-            return self._strings.logits(behind, self._setup.vocabulary)
+            last = drafted[-1][:, 0].tolist() if drafted else [self._texts.texts[slot].tokens[-1] for slot in slots]
+            return self._strings.logits(self._strings.spelled(last) if drafted else pending, last, self._setup.vocabulary)
         if drafted:
             logits = self.runner.forward(next_rows(self.runner.cache, len(drafted) - 1, self._as_draft[drafted[-1]]))[0]
         else:

@@ -68,10 +68,16 @@ def _following(model: Any, texts: list[bytes]) -> list[Tensor]:
     return list(logits.double().softmax(-1)[:, [ids[bytes([byte])] for byte in range(256)]])
 
 
-def _by_hand(model: Any, text: bytes, nodes: int | None = None, at_once: int = 1) -> Tensor:
+def _joined(last: int) -> list[int]:
+    """Tokens that are one token with this one."""
+    ids, data = _vocabulary("byte-level").ids, _vocabulary("byte-level").bytes_of(last) or b""
+    return [token for own, token in ids.items() if data + own in ids and data]
+
+
+def _by_hand(model: Any, text: bytes, last: int, nodes: int | None = None, at_once: int = 1) -> Tensor:
     """Of each target token, the chance that it is the longest that the draft's text begins with; unknown tokens are no tokens.
 
-    nodes: how many beginnings are asked for behind the empty one, None for all.
+    last: token of the text.  nodes: how many beginnings are asked for behind the empty one, None for all.
     """
     target = _vocabulary("byte-level")
     inner = {data[:size] for data in target.ids for size in range(len(data))}
@@ -95,6 +101,7 @@ def _by_hand(model: Any, text: bytes, nodes: int | None = None, at_once: int = 1
             q[token] += reach[data]
             shorter = [target.ids[data[:size]] for size in range(1, len(data)) if data[:size] in target.ids]
             q[shorter[-1:]] -= reach[data]
+    q[_joined(last)] = 0.0
     return q / q.sum()
 
 
@@ -118,12 +125,14 @@ def test_the_law_is_that_of_the_longest_token(nodes: int, forwards: int, known: 
     for b, text in enumerate(texts):
         data = text.encode()
         for place in range(2):
-            wanted = _by_hand(model, data, known, -(-nodes // forwards))
+            last = int(found.tree.tokens[b, place])
+            wanted = _by_hand(model, data, last, known, -(-nodes // forwards))
             assert known is None or (wanted > 0).sum() < len(own.ids), "some tokens are out of reach"
             torch.testing.assert_close(found.q[b, place].double(), wanted, atol=1e-6, rtol=1e-3)
             torch.testing.assert_close(found.q[b, place].sum(), torch.tensor(1.0))
             data += own.bytes_of(int(found.tree.tokens[b, place + 1])) or b""
     assert found.q[:, 2].abs().sum() == 0
+    assert _joined(int(found.tree.tokens[0, 0])) or _joined(int(found.tree.tokens[1, 0])), "some pairs are one token"
 
 
 @pytest.mark.parametrize("law", [Law.INDEPENDENT, Law.COUPLED])
@@ -133,7 +142,7 @@ def test_tokens_are_drawn_from_the_law(law: Law) -> None:
     drafter = _drafter(model, 4, 2)
     drafter.begin((_prompt("the quick"),) * copies, _setup(law, DraftSampling(flattened, Noise(3))))
     found = drafter.propose(_budget(tuple(range(copies)), 1))
-    wanted = (_by_hand(model, b"the quick", 4, 2).clamp(min=0).log() / 3.0).softmax(0)
+    wanted = (_by_hand(model, b"the quick", _prompt("the quick")[-1], 4, 2).clamp(min=0).log() / 3.0).softmax(0)
     drawn = found.tree.tokens[:, 1].bincount(minlength=len(wanted)).double()
     assert chi_square(drawn, wanted * copies) > 1e-3
     assert drawn[wanted == 0].sum() == 0
@@ -152,9 +161,11 @@ def test_a_draft_that_only_ends_texts_leaves_a_law() -> None:
     drafter.begin((_prompt("the"),), _setup(Law.INDEPENDENT, DraftSampling(flattened, Noise(3))))
     found = drafter.propose(_budget((0,), 2))
     assert found.q is not None
-    q = torch.zeros(len(_tokenizer("byte-level")))
-    q[list(_vocabulary("byte-level").ids.values())] = 1 / drafter.shared
-    torch.testing.assert_close(found.q[0, :2], q.expand(2, -1))
+    for place in range(2):
+        q = torch.zeros(len(_tokenizer("byte-level")))
+        q[[token for data, token in _vocabulary("byte-level").ids.items() if len(data) == 1]] = 1.0
+        q[_joined(int(found.tree.tokens[0, place]))] = 0.0
+        torch.testing.assert_close(found.q[0, place], q / q.sum())
 
 
 def test_a_forced_special_token_is_drafted_and_passed_over() -> None:

@@ -22,6 +22,7 @@ import torch
 from transformers import GenerationMixin, GPT2LMHeadModel, LlamaForCausalLM, MistralForCausalLM, PreTrainedModel
 from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 
+import tests
 from specdec.errors import InvalidRequestError
 from specdec.generator import SpeculativeGenerator
 from tests.support_models import VOCABULARY, family_config, noised
@@ -54,11 +55,12 @@ _COMPILES = "asserts that transformers compiled the model's own forward, which i
 UNLIKE: dict[str, str] = {
     "test_generate_compile_model_forward_fullgraph": _COMPILES,
     "test_generate_compilation_all_outputs": _COMPILES,
+    "test_static_cache_no_recompile_with_smaller_length": _COMPILES,
 }
 
 
-def _expand(cases: Any) -> Callable[[Any], Any]:
-    """What `parameterized.expand` does, for where that package is missing: every case in one method."""
+def _expand(cases: Any, **_: Any) -> Callable[[Any], Any]:
+    """In place of `parameterized.expand`, which makes methods of other names: every case in one method."""
     listed = [case if isinstance(case, (list, tuple)) else (case,) for case in cases]
 
     def decorate(method: Any) -> Any:
@@ -73,14 +75,17 @@ def _expand(cases: Any) -> Callable[[Any], Any]:
 
 @pytest.fixture(scope="session")
 def module(pytestconfig: pytest.Config) -> Any:
-    """The checkout's file of tests; it imports nothing else of the checkout."""
-    for mark in sorted(set(re.findall(r"pytest\.mark\.(\w+)", CASES.read_text()))):
+    """The checkout's file of tests. What it imports of the package `tests`, as newer ones do, is found in the checkout, too."""
+    folder = CASES.parent.parent
+    texts = [path.read_text() for path in (CASES, *folder.glob("*.py"), *folder.glob("exporters/*.py"))]
+    for mark in sorted(set(re.findall(r"pytest\.mark\.(\w+)", "".join(texts)))):
         pytestconfig.addinivalue_line("markers", f"{mark}: one of transformers' own")
     with pytest.MonkeyPatch.context() as patch:
-        if importlib.util.find_spec("parameterized") is None:
-            stand_in = types.ModuleType("parameterized")
-            stand_in.parameterized = types.SimpleNamespace(expand=_expand)  # type: ignore[attr-defined]
-            patch.setitem(sys.modules, "parameterized", stand_in)
+        stand_in = types.ModuleType("parameterized")
+        stand_in.parameterized = types.SimpleNamespace(expand=_expand)  # type: ignore[attr-defined]
+        stand_in.parameterized_class = lambda *_, **__: lambda kept: kept  # type: ignore[attr-defined]
+        patch.setitem(sys.modules, "parameterized", stand_in)
+        patch.setattr(tests, "__path__", [*tests.__path__, str(folder)])
         spec = importlib.util.spec_from_file_location("generation_cases_of_transformers", CASES)
         assert spec is not None
         assert spec.loader is not None

@@ -285,13 +285,14 @@ def test_a_prefix_that_requests_share_is_not_written_again() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("by", ["intersection", "string"])
-def test_captured_forwards_draft_the_same(by: str) -> None:
+@pytest.mark.parametrize(("draft", "by"), [case[1:] for case in CASES if case[1] == "byte-fallback"] + [CASES[-1][1:]])
+def test_captured_forwards_draft_the_same(draft: str, by: str) -> None:
     """Replays run again on buffers of fixed size, with a cache that sometimes gets shorter."""
     options = RunnerOptions(attention="triton", capture="off", pack="off", row_invariant=False, capture_after=1)
-    own, tokenizer, model = _vocabulary("byte-level"), _tokenizer("byte-level"), _sayable("byte-level", "byte-fallback")
+    own, tokenizer, model = _vocabulary("byte-level"), _tokenizer("byte-level"), _sayable("byte-level", draft)
     whole = own.encode(PHRASE.encode())[0]
-    drafters = [VocabMap(tokenizer, _tokenizer("byte-fallback"), model, by, options=own) for own in (PLAINLY, options)]
+    both = (PLAINLY, options)
+    drafters = [VocabMap(tokenizer, _tokenizer(draft), model, by, nodes=4, forwards=2, options=own) for own in both]
     drafters[1].runner.use_graphs(run_again)
     for drafter in drafters:
         drafter.begin((tuple(whole[:6]),), _setup(len(tokenizer)))
