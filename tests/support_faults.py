@@ -122,4 +122,7 @@ def early_break(monkeypatch: pytest.MonkeyPatch) -> None:
         def accept(self, prob: Tensor) -> Tensor:
             return self.accepts(prob).long().cumprod(1).bool()
 
-    monkeypatch.setattr(block, "block_verdict", lambda p, q, drafted, end, chooser: right(p, q, drafted, end, Breaks(chooser)))
+    def broken(p: Tensor, q: Tensor, drafted: Tensor, end: Tensor, chooser: Any, null: Tensor | None = None) -> Any:
+        return right(p, q, drafted, end, Breaks(chooser), null)
+
+    monkeypatch.setattr(block, "block_verdict", broken)
