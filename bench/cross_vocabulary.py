@@ -23,7 +23,7 @@ from specdec import FixedPlanner, SpeculativeGenerator
 from specdec.bench.speed import machine
 from specdec.bench.timing import ratio_interval, rotation, timed
 from specdec.drafters.vocab_map import WAYS, VocabMap
-from specdec.errors import SpecDecError
+from specdec.errors import SpecDecError, VocabularyMismatchError
 
 PLAIN = "plain"
 _OPENINGS = (
@@ -141,7 +141,7 @@ def main(
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     texts = _OPENINGS if prompts is None else [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
     inputs = [tokenizer([text], return_tensors="pt", return_token_type_ids=False) for text in texts]
-    maps = {by: VocabMap(tokenizer, other_tokenizer, other, by) for by in WAYS}
+    maps = _maps(tokenizer, other_tokenizer, other)
     made: list[Row] = []
     for temperature in temperatures or [0.0, 1.0]:
         options: dict[str, Any] = {"max_new_tokens": new, "do_sample": temperature > 0}
@@ -150,13 +150,26 @@ def main(
         plain = SpeculativeGenerator(model, verifier="coupled" if temperature > 0 else "auto")
         mapped = {by: SpeculativeGenerator(model, drafter, planner=planner) for by, drafter in maps.items()}
         made += rows(measure({PLAIN: plain, **mapped}, inputs, options, turns), temperature)
-    shared = {"target": model.config.vocab_size, "draft": other.config.vocab_size, "shared": maps[WAYS[0]].shared}
+    shared = {"target": model.config.vocab_size, "draft": other.config.vocab_size, "shared": next(iter(maps.values())).shared}
     _show(f"{target.name} with {draft.name}: {shared['shared']} tokens of {shared['target']} and {shared['draft']}", made)
     if out is not None:
         report = {"target": target.name, "draft": draft.name, "length": length, "new": new, "vocabulary": shared}
         out.write_text(json.dumps({**report, "machine": machine(), "rows": [asdict(row) for row in made]}, indent=2) + "\n")
     if any(row.same < row.prompts for row in made):
         raise SpecDecError("some text is not plain decoding's; in half precision compare in float32")
+
+
+def _maps(tokenizer: Any, other_tokenizer: Any, other: Any) -> dict[str, VocabMap]:
+    """Every way that this pair allows; the others are told with the reason."""
+    found: dict[str, VocabMap] = {}
+    for by in WAYS:
+        try:
+            found[by] = VocabMap(tokenizer, other_tokenizer, other, by)
+        except VocabularyMismatchError as reason:
+            print(f"left out: {reason}")
+    if not found:
+        raise SpecDecError("no way fits these two vocabularies; the reasons are above")
+    return found
 
 
 def _load(path: Path) -> tuple[Any, Any]:
