@@ -1,20 +1,19 @@
 """Does `specdec bench compare --against` tell right? The same program against itself, and against itself made slower.
 
-    python -m specdec.bench.aa --out aa.jsonl [--runs 20] [--seconds 60] [--slow 0.05]
-
-Every comparison starts its processes anew. A verdict is kept as soon as it is there; a second call goes on where the first ended.
+`python -P -m specdec.bench.aa --out aa.jsonl`. Every comparison starts its processes anew. A verdict is kept as soon as it is
+there; a second call goes on where the first ended.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import time
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from transformers import AutoTokenizer
 
 from specdec.bench.against import Judged, Plan, Side, run_against, working_tree
@@ -38,23 +37,36 @@ class Trial:
     methods: tuple[dict[str, Any], ...]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(
+    out: Annotated[Path, typer.Option(help="JSONL file, one comparison a line")],
+    runs: Annotated[int, typer.Option(help="comparisons of each kind")] = 20,
+    seconds: Annotated[float, typer.Option(help="of measuring, in one comparison")] = 60.0,
+    slow: Annotated[float, typer.Option(help="the planted slowdown, as a part of the time")] = 0.05,
+    starts: Annotated[int, typer.Option(help="how often a comparison starts its processes")] = 2,
+    new: Annotated[int, typer.Option(help="tokens of a piece")] = 24,
+    drafter: Annotated[str, typer.Option(help="draft, medusa, pard, or none for plain decoding")] = "draft",
+    planner: Annotated[str | None, typer.Option(help="by default the package's own default")] = None,
+    threads: Annotated[int, typer.Option(help="with several, any other work on the machine stalls them all")] = 1,
+) -> None:
     """Run what is missing and say how many verdicts were right."""
-    options = _parser().parse_args(arguments)
-    plan, root = _plan(options), working_tree()
-    header = {"plan": {**asdict(plan), "prompts": len(plan.prompts)}, "slow": options.slow}
-    trials = read_trials(options.out, header)
-    for number in range(options.runs):
-        for kind in (SAME, SLOWED):
-            if any((own.kind, own.number) == (kind, number) for own in trials):
-                continue
-            began = time()
-            sides = Side("one", root), Side("other", root, options.slow if kind == SLOWED else 0.0)
-            trial = _trial(kind, number, run_against(*sides, plan), time() - began)
-            trials.append(trial)
-            with options.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(trial)) + "\n")
-            print(said(trials), flush=True)
+    target = bundled_path("target")
+    prompts = load_prompts(QUICK, AutoTokenizer.from_pretrained(target), None, new).prompts
+    methods: dict[str, str | None] = {"plain": None} if drafter == "none" else {drafter: f"bundled:{drafter}"}
+    ids = tuple(prompt.ids for prompt in prompts)
+    plan = Plan(str(target), methods, ids, new, seconds, starts, planner=planner, threads=threads)
+    # The file may be shown to others: it says what was run, not where that lies here.
+    header = {"plan": {**asdict(plan), "target": target.name, "prompts": len(ids)}, "slow": slow}
+    trials, root = read_trials(out, header), working_tree()
+    known = {(own.kind, own.number) for own in trials}
+    for kind, number in ((kind, number) for number in range(runs) for kind in (SAME, SLOWED)):
+        if (kind, number) in known:
+            continue
+        began = time()
+        sides = Side("one", root), Side("other", root, slow if kind == SLOWED else 0.0)
+        trials.append(_trial(kind, number, run_against(*sides, plan), time() - began))
+        with out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(trials[-1])) + "\n")
+        print(said(trials), flush=True)
     print(said(trials))
 
 
@@ -85,34 +97,5 @@ def read_trials(path: Path, header: dict[str, Any]) -> list[Trial]:
     return [Trial(**{**own, "methods": tuple(own["methods"])}) for own in found]
 
 
-def _plan(options: argparse.Namespace) -> Plan:
-    target = bundled_path("target")
-    prompts = load_prompts(QUICK, AutoTokenizer.from_pretrained(target), None, options.new).prompts
-    return Plan(
-        target=str(target),
-        methods={"plain": None} if options.drafter == "none" else {options.drafter: f"bundled:{options.drafter}"},
-        prompts=tuple(prompt.ids for prompt in prompts),
-        new=options.new,
-        seconds=options.seconds,
-        starts=options.starts,
-        planner=options.planner,
-        threads=options.threads,
-    )
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m specdec.bench.aa", description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--out", type=Path, required=True, help="JSONL file, one comparison a line")
-    parser.add_argument("--runs", type=int, default=20, help="comparisons of each kind")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of measuring, in one comparison")
-    parser.add_argument("--slow", type=float, default=0.05, help="the planted slowdown, as a part of the time")
-    parser.add_argument("--starts", type=int, default=2, help="how often a comparison starts its processes")
-    parser.add_argument("--new", type=int, default=24, help="tokens of a piece")
-    parser.add_argument("--drafter", default="draft", help="draft, medusa, pard, or none for plain decoding")
-    parser.add_argument("--planner", help="by default the package's own default")
-    parser.add_argument("--threads", type=int, default=1, help="with several, any other work on the machine stalls them all")
-    return parser
-
-
 if __name__ == "__main__":
-    main()
+    typer.run(main)

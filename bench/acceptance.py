@@ -19,7 +19,8 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from specdec import FixedPlanner, SpeculativeGenerator, bundled_path
-from specdec.bench.speed import Prompt, load_prompts, machine
+from specdec.bench.machine import machine
+from specdec.bench.speed import Prompt, load_prompts
 from specdec.drafters.base import Drafter
 from specdec.drafters.checkpoints import load_pard
 from specdec.drafters.draft_model import DraftModelDrafter

@@ -2,7 +2,7 @@
 
 Both are checkpoints with their tokenizers. Each way to map the vocabularies is compared with plain decoding on the same kernels:
 the text must be the same token for token, greedy and sampled by the same seed, before its speed is worth a line. The runs take
-turns, and the first turn is not counted.
+turns, the first turn is not counted, and each prompt counts by its median run.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from specdec import FixedPlanner, SpeculativeGenerator
-from specdec.bench.speed import machine
-from specdec.bench.timing import ratio_interval, rotation, timed
+from specdec.bench.machine import machine
+from specdec.bench.timing import Sample, medians, ratio_interval, rotation, timed
 from specdec.drafters.vocab_map import WAYS, VocabMap
 from specdec.errors import SpecDecError, VocabularyMismatchError
 
@@ -58,68 +58,50 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class _Runs:
-    """Of one way: seconds and new tokens a prompt, the texts, and the sums of drafted, accepted, rounds and drafting time."""
+class Runs:
+    """What was timed. samples: every counted run.  stats: `RequestStats` of each, by way, prompt and repeat."""
 
-    seconds: list[float]
-    counts: list[int]
-    texts: list[list[int]]
-    drafted: int
-    accepted: int
-    rounds: int
-    draft_s: float
+    samples: list[Sample]
+    stats: dict[tuple[str, int, int], Any]
 
 
-def measure(
-    generators: dict[str, SpeculativeGenerator], prompts: Sequence[Any], options: dict[str, Any], turns: int
-) -> dict[str, _Runs]:
-    """Every generator on every prompt, in turns; the fastest turn of a prompt counts, so that a pause of the machine does not."""
-    found = {name: _Runs([], [], [], 0, 0, 0, 0.0) for name in generators}
+def measure(generators: dict[str, SpeculativeGenerator], prompts: Sequence[Any], options: dict[str, Any], turns: int) -> Runs:
+    """Every generator on every prompt, in turns; the first turn warms up and is not kept."""
+    samples, told = [], {}
     for number, prompt in enumerate(prompts):
-        best: dict[str, tuple[float, list[int], Any]] = {}
         for turn in range(turns + 1):
             for name in rotation(list(generators), number + turn):
-                generator = generators[name]
-                out, seconds = timed(partial(generator.generate, **prompt, **options))
-                if turn and (name not in best or seconds < best[name][0]):
-                    best[name] = (seconds, out[0, prompt["input_ids"].shape[1] :].tolist(), generator.stats)
-        for name, (seconds, text, stats) in best.items():
-            found[name] = _with(found[name], seconds, text, stats)
-    return found
+                out, seconds = timed(partial(generators[name].generate, **prompt, **options))
+                if turn == 0:
+                    continue
+                stats = generators[name].stats
+                assert stats is not None
+                text = tuple(out[0, prompt["input_ids"].shape[1] :].tolist())
+                samples.append(Sample(name, number, "", len(text), seconds, stats.rounds, 0.0, 0.0, text, turn))
+                told[name, number, turn] = stats.requests[0]
+    return Runs(samples, told)
 
 
-def _with(runs: _Runs, seconds: float, text: list[int], stats: Any) -> _Runs:
-    own = stats.requests[0]
-    return _Runs(
-        [*runs.seconds, seconds],
-        [*runs.counts, len(text)],
-        [*runs.texts, text],
-        runs.drafted + own.drafted,
-        runs.accepted + own.accepted,
-        runs.rounds + own.rounds,
-        runs.draft_s + own.draft_s,
-    )
-
-
-def rows(found: dict[str, _Runs], temperature: float) -> list[Row]:
-    """The table's lines, plain decoding first."""
-    seconds = {name: runs.seconds for name, runs in found.items()}
-    counts = {name: runs.counts for name, runs in found.items()}
+def rows(runs: Runs, names: Sequence[str], temperature: float) -> list[Row]:
+    """The table's lines in the order of the names. The run of median time counts for each prompt."""
+    middle = medians(runs.samples)
+    own = {name: [sample for sample in middle if sample.method == name] for name in names}
+    seconds = {name: [sample.seconds for sample in picked] for name, picked in own.items()}
+    tokens = {name: [sample.num_tokens for sample in picked] for name, picked in own.items()}
     made = []
-    for name, runs in found.items():
-        pairs = zip(runs.texts, found[PLAIN].texts, strict=True)
-        speedup = None if name == PLAIN else ratio_interval(seconds, counts, name, PLAIN)
+    for name, picked in own.items():
+        stats = [runs.stats[name, sample.prompt, sample.repeat] for sample in picked]
         made.append(
             Row(
-                name,
-                temperature,
-                len(runs.texts),
-                sum(ours == theirs for ours, theirs in pairs),
-                runs.accepted / max(runs.drafted, 1),
-                sum(runs.counts) / max(runs.rounds, 1),
-                runs.draft_s / sum(runs.seconds),
-                sum(runs.counts) / sum(runs.seconds),
-                speedup,
+                by=name,
+                temperature=temperature,
+                prompts=len(picked),
+                same=sum(ours.tokens == theirs.tokens for ours, theirs in zip(picked, own[PLAIN], strict=True)),
+                acceptance=sum(s.accepted for s in stats) / max(sum(s.drafted for s in stats), 1),
+                tokens_per_round=sum(tokens[name]) / max(sum(s.rounds for s in stats), 1),
+                drafting=sum(s.draft_s for s in stats) / sum(seconds[name]),
+                tokens_per_second=sum(tokens[name]) / sum(seconds[name]),
+                speedup=None if name == PLAIN else ratio_interval(seconds, tokens, name, PLAIN),
             )
         )
     return made
@@ -148,8 +130,8 @@ def main(
         options |= {"temperature": temperature, "top_k": 0, "seed": 7} if temperature > 0 else {}
         planner = FixedPlanner(nodes=length, depth=length)
         plain = SpeculativeGenerator(model, verifier="coupled" if temperature > 0 else "auto")
-        mapped = {by: SpeculativeGenerator(model, drafter, planner=planner) for by, drafter in maps.items()}
-        made += rows(measure({PLAIN: plain, **mapped}, inputs, options, turns), temperature)
+        ways = {PLAIN: plain} | {by: SpeculativeGenerator(model, drafter, planner=planner) for by, drafter in maps.items()}
+        made += rows(measure(ways, inputs, options, turns), list(ways), temperature)
     shared = {"target": model.config.vocab_size, "draft": other.config.vocab_size, "shared": next(iter(maps.values())).shared}
     _show(f"{target.name} with {draft.name}: {shared['shared']} tokens of {shared['target']} and {shared['draft']}", made)
     if out is not None:

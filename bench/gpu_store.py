@@ -8,10 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import platform
-import shutil
-import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,10 +16,11 @@ from statistics import median
 from time import perf_counter
 
 import torch
-import transformers
 import triton
 from rich.console import Console
 from triton.errors import TritonError
+
+from specdec.bench.machine import machine
 
 Value = str | int | float | bool | None
 Point = dict[str, Value]
@@ -49,29 +46,15 @@ class Setup:
 
 def describe(device: torch.device) -> Point:
     """What a point was measured on."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    host = machine()
     return {
-        "device": gpu or _processor(),
-        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else host["cpu"],
+        "torch": host["torch"],
         "cuda": torch.version.cuda,
         "triton": triton.__version__,
-        "transformers": transformers.__version__,
-        "commit": _commit(),
+        "transformers": host["transformers"],
+        "commit": host["commit"] or "unknown",
     }
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
-def _commit() -> str:
-    """The checkout's commit; SPECDEC_COMMIT names it where the sources travelled without their history."""
-    given = os.environ.get("SPECDEC_COMMIT")
-    if given or shutil.which("git") is None:
-        return given or "unknown"
-    found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
 
 
 def nominal_bandwidth(device: str) -> float | None:

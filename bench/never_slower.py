@@ -1,20 +1,22 @@
 """Is the goodput planner ever slower than plain decoding? `python -P -m specdec.bench.never_slower`.
 
-A grid of batch sizes, drafters from good to adversarial, temperatures and kinds of text. In every cell a fresh planner and plain
-decoding take turns over the same prompts until the 95 % interval of their ratio is narrow, or clearly above 1; the first turns also
-run every fixed length. Everything that a planner does counts, its first rounds and its trials included. Output must equal plain
-decoding. `record` notes times and accepted drafts for `replay`, which plays the grid without noise.
+A grid of batch sizes, drafters from good to adversarial, temperatures and kinds of text. In every cell a fresh planner, plain
+decoding and every fixed length decode the same prompts side by side, 16 tokens each in turn, until the 95 % interval of planner
+to plain decoding is narrow, or clearly above 1. Fixed lengths that cannot be the best are given up on the way. Everything that
+a planner does counts, its first rounds and its trials included. Output must equal plain decoding; where it does not under greedy
+decoding, the gap of the logits is compared with rounding. `record` notes times and accepted drafts for `replay`, which plays the
+grid without noise.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
+from functools import partial
 from itertools import product
-from math import exp, log, sqrt
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import median
 from time import perf_counter
 from typing import Annotated, Any
 
@@ -24,24 +26,19 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.generation.streamers import BaseStreamer
 
 from specdec import FixedPlanner, GoodputPlanner, SpeculativeGenerator, bundled_path
+from specdec.bench.grid_cell import METHODS, OURS, PLAIN, Cell, losers, verdict
+from specdec.bench.lockstep import Lockstep
+from specdec.bench.machine import machine
+from specdec.bench.margin import explain
 from specdec.bench.opponents import KINDS, Watched, opponent
 from specdec.bench.replay import LENGTHS, Recording, Times, played
-from specdec.bench.speed import Prompt, load_prompts, machine
-from specdec.bench.statistics import t_quantile
-from specdec.bench.timing import timed
+from specdec.bench.speed import Prompt, load_prompts
 from specdec.types import Budget, Draft, Load, RoundStats
 
 BATCHES, TEMPERATURES, WORKLOADS = (1, 4, 16), (0.0, 1.0), ("dialogue", "code", "docs")
-PLAIN, OURS = "plain", "goodput"
-# Turns of a cell: at least, and at most; and those that every fixed length takes part in.
-_FEWEST, _MOST, _SWEPT = 5, 16, 2
-# How far from the median turn a turn counts, in the logarithm of its ratio.
-_HIT = 0.3
-# Turns after which a cell ends whose interval lies above 1: prompts differ in what they gain, and it is not slower.
-_DECIDED = 6
-_NARROW = 0.03
 _DEPTH = max(LENGTHS)
 
 app = typer.Typer(add_completion=False)
@@ -90,7 +87,13 @@ class Bench:
         own = self.prompts[workload]
         return [own[(turn * size + i) % len(own)] for i in range(size)]
 
-    def run(self, generator: SpeculativeGenerator, prompts: Sequence[tuple[int, ...]], temperature: float) -> list[list[int]]:
+    def run(
+        self,
+        generator: SpeculativeGenerator,
+        prompts: Sequence[tuple[int, ...]],
+        temperature: float,
+        streamer: BaseStreamer | None = None,
+    ) -> list[list[int]]:
         """New tokens of each."""
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts])
@@ -98,86 +101,61 @@ class Bench:
         how: dict[str, Any] = (
             {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature, "top_k": 0}
         )
-        out = generator.generate(ids, attention_mask=mask, max_new_tokens=self.new, seed=1, **how)
+        out = generator.generate(ids, attention_mask=mask, max_new_tokens=self.new, seed=1, streamer=streamer, **how)
         return [row[width:] for row in out.tolist()]
 
-    def generators(self, kind: str) -> dict[str, SpeculativeGenerator]:
-        """Every method, with a fresh planner."""
-        made = {PLAIN: SpeculativeGenerator(self.target, None)}
-        made[OURS] = SpeculativeGenerator(self.target, self.drafters[kind], planner=Timed(GoodputPlanner()))
-        for length in LENGTHS[1:]:
-            planner = FixedPlanner(nodes=length, depth=length)
-            made[f"fixed {length}"] = SpeculativeGenerator(self.target, self.drafters[kind], planner=planner)
-        return made
+    def generator(self, kind: str, method: str) -> SpeculativeGenerator:
+        """One of METHODS, with a fresh planner."""
+        if method == PLAIN:
+            return SpeculativeGenerator(self.target, None)
+        length = METHODS[method]
+        planner: Any = Timed(GoodputPlanner()) if length is None else FixedPlanner(nodes=length, depth=length)
+        return SpeculativeGenerator(self.target, self.drafters[kind], planner=planner)
 
 
-def _measured(bench: Bench, batch: int, kind: str, temperature: float, workload: str) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A method's part of a turn. prompts: None to get ready for a cell: a fresh planner, and a warm process."""
+
+    method: str
+    kind: str
+    temperature: float
+    prompts: tuple[tuple[int, ...], ...] | None = None
+
+
+class _Worker:
+    """Decodes in one method's process."""
+
+    def __init__(self, prompts: Sequence[Path] | None, new: int) -> None:
+        """See `Bench`."""
+        self.bench = Bench(prompts, new)
+        self.generator = self.bench.generator(KINDS[0], PLAIN)
+
+    def __call__(self, job: _Job, streamer: BaseStreamer) -> Any:
+        """New tokens of each, what the rounds did, and seconds of the planner itself so far."""
+        if job.prompts is None:
+            self.generator = self.bench.generator(job.kind, PLAIN)
+            self.bench.run(self.generator, self.bench.batch(WORKLOADS[0], 1, 0), job.temperature)
+            if job.method != PLAIN:
+                self.generator = self.bench.generator(job.kind, job.method)
+            return None
+        said = self.bench.run(self.generator, job.prompts, job.temperature, streamer)
+        return said, self.generator.stats, getattr(self.generator.engine.planner, "own_s", 0.0)
+
+
+def _measured(bench: Bench, side_by_side: Lockstep, batch: int, kind: str, temperature: float, workload: str) -> dict[str, Any]:
     """A cell: ratios with intervals, and how good the forecasts were."""
-    made = bench.generators(kind)
-    seconds: dict[str, list[float]] = {name: [] for name in made}
-    history, equal, interval = list[RoundStats](), 0, (0.0, 0.0, 0.0)
-    stats: Any = None
-    bench.run(made[PLAIN], bench.batch(workload, batch, 0), temperature)
-    for turn in range(_MOST):
-        prompts, said = bench.batch(workload, batch, turn), {}
-        pair = [OURS, PLAIN] if turn % 2 else [PLAIN, OURS]
-        for name in [*pair, *[n for n in made if n not in pair and turn < _SWEPT]]:
-            said[name], took = timed(lambda name=name, prompts=prompts: bench.run(made[name], prompts, temperature))  # type: ignore[misc]
-            seconds[name].append(took)
-        equal += said[OURS] == said[PLAIN]
-        stats = made[OURS].stats
-        history += stats.history
-        if turn + 1 < _FEWEST:
-            continue
-        interval = paired_ratio(seconds[PLAIN], seconds[OURS])
-        if interval[2] - interval[1] <= 2 * _NARROW or (turn + 1 >= _DECIDED and interval[1] > 1.0):
-            break
-    planner: Any = made[OURS].engine.planner
-    whole = replace(stats, history=tuple(history))
-    return {
-        "ratio": interval,
-        "turns": len(seconds[OURS]),
-        "seconds": {name: [round(own, 4) for own in took] for name, took in seconds.items()},
-        "equal": equal,
-        "fixed": {n: _against(seconds, n) for n in made if n.startswith("fixed")},
-        "ours_when_swept": _against(seconds, OURS),
-        "forecast_errors": whole.forecast_errors(),
-        "own_share": planner.own_s / sum(s.draft_s + s.target_s + s.verify_s + s.other_s for s in history),
-        "reasons": whole.reasons,
-    }
-
-
-def paired_ratio(plain: Sequence[float], ours: Sequence[float]) -> tuple[float, float, float]:
-    """Plain seconds over ours, and its 95 % t interval: the mean of the logarithms of each turn's ratio.
-
-    A turn that another load on the machine hit counts as _HIT away from the median turn: what starting costs is less than that.
-    """
-    logs = [log(a / b) for a, b in zip(plain, ours, strict=True)]
-    middle = median(logs)
-    kept = [min(max(own, middle - _HIT), middle + _HIT) for own in logs]
-    half = t_quantile(0.975, len(kept) - 1) * stdev(kept) / sqrt(len(kept))
-    return exp(fmean(kept)), exp(fmean(kept) - half), exp(fmean(kept) + half)
-
-
-def _against(seconds: dict[str, list[float]], name: str) -> float:
-    """Plain decoding's seconds over those of `name`, in the turns that all took part in."""
-    return exp(fmean([log(a / b) for a, b in zip(seconds[PLAIN][:_SWEPT], seconds[name][:_SWEPT], strict=True)]))
-
-
-def _verdict(cells: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What the grid shows as a whole."""
-    shares = [own["ours_when_swept"] / max(1.0, *own["fixed"].values()) for own in cells.values()]
-    errors = [error for own in cells.values() for error in own["forecast_errors"]]
-    return {
-        "cells": len(cells),
-        "wholly_below_0.97": [key for key, own in cells.items() if own["ratio"][2] < 0.97],
-        "not_narrow": [key for key, own in cells.items() if own["ratio"][2] - own["ratio"][1] > 2 * _NARROW],
-        "not_equal": [key for key, own in cells.items() if own["equal"] < own["turns"]],
-        "mean_share_of_best_fixed": sum(shares) / len(shares),
-        "forecasts_within_10_percent": sum(abs(e) <= 0.1 for e in errors) / len(errors) if errors else None,
-        "median_own_share": median(own["own_share"] for own in cells.values()),
-        "largest_own_share": max(own["own_share"] for own in cells.values()),
-    }
+    side_by_side.run({method: _Job(method, kind, temperature) for method in METHODS})
+    cell = Cell()
+    while not cell.done:
+        prompts = tuple(bench.batch(workload, batch, cell.turns))
+        ran = side_by_side.run({method: _Job(method, kind, temperature, prompts) for method in cell.methods}, losers)
+        cell.add(ran)
+        if (said := ran[OURS].result[0]) != ran[PLAIN].result[0] and not temperature:
+            pairs = zip(prompts, said, ran[PLAIN].result[0], strict=True)
+            found = [explain(bench.target, prompt, ours, plain) for prompt, ours, plain in pairs]
+            cell.explained += all(each is None or each.within for each in found)
+    return cell.report()
 
 
 @app.command()
@@ -191,14 +169,16 @@ def live(
     bench, console = Bench(prompts, max_new_tokens), Console()
     report = json.loads(output.read_text()) if output.exists() else {"machine": machine(), "cells": {}}
     keys = [(b, k, t, w) for w, t, b, k in product(WORKLOADS, TEMPERATURES, BATCHES, KINDS) if only in f"{b}/{k}/{t:g}/{w}"]
-    for batch, kind, temperature, workload in track(keys, "cells", console=console):
-        key = f"{batch}/{kind}/{temperature:g}/{workload}"
-        if key in report["cells"]:
-            continue
-        own = report["cells"][key] = _measured(bench, batch, kind, temperature, workload)
-        report["verdict"] = _verdict(report["cells"])
-        output.write_text(json.dumps(report, indent=1))
-        console.print(f"{key}: {own['ratio'][0]:.3f} ({own['ratio'][1]:.3f}-{own['ratio'][2]:.3f}) in {own['turns']}")
+    with Lockstep(list(METHODS), partial(_Worker, prompts, max_new_tokens)) as side_by_side:
+        for batch, kind, temperature, workload in track(keys, "cells", console=console):
+            key = f"{batch}/{kind}/{temperature:g}/{workload}"
+            if key in report["cells"]:
+                continue
+            own = report["cells"][key] = _measured(bench, side_by_side, batch, kind, temperature, workload)
+            report["verdict"] = verdict(report["cells"])
+            output.write_text(json.dumps(report, indent=1))
+            told = f"{own['ratio'][0]:.3f} ({own['ratio'][1]:.3f}-{own['ratio'][2]:.3f}) in {own['turns']}"
+            console.print(f"{key}: {told}; {own['share_of_best']:.3f} of {own['best_fixed']}")
     console.print_json(data=report["verdict"])
 
 
@@ -230,7 +210,7 @@ def _times(bench: Bench, batch: int) -> Times:
             assert generator.stats is not None
             for stats in generator.stats.history:
                 if len(stats.requests) == batch and sum(stats.drafted) == batch * length:
-                    target[length].append(stats.target_s + stats.verify_s + stats.other_s)
+                    target[length].append(stats.undrafted_s)
                     draft[length].append(stats.draft_s)
     return Times(batch, tuple(median(target[n]) for n in LENGTHS), tuple(median(draft[n]) for n in LENGTHS))
 
@@ -238,14 +218,15 @@ def _times(bench: Bench, batch: int) -> Times:
 def _accepted(bench: Bench, kind: str, temperature: float, prompts: list[tuple[int, ...]]) -> tuple[str, ...]:
     """For every text, at each of its tokens, how many of the drafted ones are those that follow."""
     watched = Watched(bench.drafters[kind], _DEPTH)
-    said = bench.run(SpeculativeGenerator(bench.target, watched), prompts, temperature)
+    said = bench.run(SpeculativeGenerator(bench.target, watched, planner=1), prompts, temperature)
     return tuple(_agreed(tokens, len(prompt), own) for tokens, prompt, own in zip(said, prompts, watched.drafts, strict=True))
 
 
 def _agreed(tokens: list[int], start: int, drafts: dict[int, list[int]]) -> str:
+    """Nothing is drafted where only one token is left."""
     found = []
     for place in range(len(tokens)):
-        drafted, follows = drafts[start + place], tokens[place:]
+        drafted, follows = drafts.get(start + place, []), tokens[place:]
         agree = [a == b for a, b in zip(drafted, follows, strict=False)]
         found.append(str((*agree, False).index(False)))
     return "".join(found)

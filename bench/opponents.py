@@ -79,7 +79,7 @@ class Adversary:
 class Watched:
     """Lets the target decode plainly and notes, at every token, what the inner drafter would have drafted there.
 
-    drafts[request][length]: the tokens drafted behind a text of that length.
+    drafts[request][length]: the tokens drafted behind a text of that length, wherever the planner asked for a draft.
     """
 
     def __init__(self, inner: Any, depth: int) -> None:

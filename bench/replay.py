@@ -104,7 +104,7 @@ def replay(recording: Recording, key: str, batch: int, planner: Planner, turns: 
     for first in range(0, len(texts) - batch + 1, batch):
         rounds += _replayed(recording, texts[first : first + batch], planner)
     tokens = sum(len(stats.requests) + sum(stats.accepted) for stats in rounds)
-    return Outcome(tokens, sum(stats.draft_s + stats.target_s for stats in rounds), tuple(rounds))
+    return Outcome(tokens, sum(stats.seconds for stats in rounds), tuple(rounds))
 
 
 def _replayed(recording: Recording, texts: Sequence[str], planner: Planner) -> list[RoundStats]:

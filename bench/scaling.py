@@ -1,6 +1,6 @@
 """How speedup grows with the draft's size, its training tokens and the batch: measured on one family, fitted and drawn.
 
-    python -m specdec.bench.scaling --out scaling --draft small=PATH@5e6 --draft large=PATH@5e6 --batch 1 --batch 4
+    python -P -m specdec.bench.scaling --out scaling --draft small=PATH@5e6 --draft large=PATH@5e6 --batch 1 --batch 4
 
 The fit is the log-linear law of Scylla (arXiv 2505.07858): a figure is linear in the logarithms of the draft's parameters and of
 its training tokens. The batch is a third axis of the same kind. Each draft decodes with a fixed length, so that acceptance can be
@@ -9,7 +9,6 @@ compared, and with the default planner, which is what a user gets.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import shlex
@@ -17,9 +16,10 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import typer
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -31,7 +31,7 @@ from specdec.bench.suite import run_suite, this_machine
 from specdec.bench.svg import Line, document, escape, figure, lines
 from specdec.bench.svg import table as html_table
 from specdec.bench.workloads import QUICK, Choice, load_prompts
-from specdec.bundled import bundled_path
+from specdec.bundled import BUNDLED, checkpoint
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.errors import SpecDecError
 
@@ -43,7 +43,10 @@ AXES = {"parameters": "log10 parameters", "tokens": "log10 training tokens", "ba
 
 @dataclass(frozen=True, slots=True)
 class DraftOf:
-    """A draft of the study. tokens: it was trained on, None where unknown, which leaves it out of fits along tokens."""
+    """A draft of the study. path: a checkpoint, or "bundled".
+
+    tokens: it was trained on, None where unknown, which leaves it out of fits along tokens.
+    """
 
     name: str
     path: str
@@ -130,11 +133,12 @@ def methods_of(target: Any, drafts: Sequence[DraftOf], drafted: int) -> tuple[tu
     found: list[Method] = list(make_methods(target, (), Selection(static=False)))
     parameters = {}
     for draft in drafts:
-        model = AutoModelForCausalLM.from_pretrained(draft.path, dtype=target.dtype).eval()
+        model = AutoModelForCausalLM.from_pretrained(checkpoint(draft.path, "draft"), dtype=target.dtype).eval()
+        source = f"{BUNDLED}:draft" if draft.path == BUNDLED else draft.path
         parameters[draft.name] = sum(weight.numel() for weight in model.parameters())
         for kind, planner in ((FIXED, drafted), (DEFAULT, None)):
             generator = SpeculativeGenerator(target, DraftModelDrafter(model), planner=planner)
-            info = MethodInfo(f"{draft.name}, {kind}", "drafter", "a draft of the study", draft.path, str(planner or "default"))
+            info = MethodInfo(f"{draft.name}, {kind}", "drafter", "a draft of the study", source, str(planner or "default"))
             found.append(Ours(generator, info))
     return tuple(found), parameters
 
@@ -253,50 +257,42 @@ def draft_of(text: str) -> DraftOf:
         count = -1.0
     if not (name and named and path) or (count is not None and not (count > 0 and math.isfinite(count))):
         raise SpecDecError(f"--draft {text}: write NAME=PATH@TOKENS, or NAME=PATH where the training tokens are unknown")
-    return DraftOf(name, str(bundled_path("draft")) if path == "bundled" else path, count)
+    return DraftOf(name, path, count)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(
+    out: Annotated[Path, typer.Option(help="a folder; a second call goes on with what is there")],
+    draft: Annotated[list[str], typer.Option(help="NAME=PATH@TOKENS; may be repeated; PATH may be 'bundled'")],
+    target: Annotated[str, typer.Option(help="checkpoint folder; the bundled one by default")] = BUNDLED,
+    batch: Annotated[list[int] | None, typer.Option(help="may be repeated; 1 by default")] = None,
+    drafted: Annotated[int, typer.Option(help="tokens a round of the fixed length")] = 3,
+    new: Annotated[int, typer.Option(help="new tokens of a prompt")] = 64,
+    repeats: Annotated[int, typer.Option(help="runs of each method on each prompt")] = 3,
+    prompts: Annotated[list[Path] | None, typer.Option(help=".jsonl or .tsv; five built-in ones by default")] = None,
+    per_task: Annotated[int | None, typer.Option(help="most prompts of a task, with --prompts")] = None,
+    dtype: Annotated[str | None, typer.Option(help="by default the checkpoint's")] = None,
+) -> None:
     """Measure, fit and draw."""
-    options = _parser().parse_args(arguments)
-    drafts = [draft_of(text) for text in options.draft]
-    if len({draft.name for draft in drafts}) < len(drafts):
+    drafts = [draft_of(text) for text in draft]
+    if len({own.name for own in drafts}) < len(drafts):
         raise SpecDecError("two drafts have one name; give each its own")
-    path = options.target or str(bundled_path("target"))
-    target = AutoModelForCausalLM.from_pretrained(path, dtype=options.dtype or "auto").eval()
-    methods, parameters = methods_of(target, drafts, options.drafted)
-    choice = Choice(tuple(options.prompts), per_task=options.per_task) if options.prompts else QUICK
-    positions = getattr(target.config.get_text_config(), "max_position_embeddings", None)
-    prompts = load_prompts(choice, AutoTokenizer.from_pretrained(path), positions, options.new)
-    dtype = str(target.dtype).removeprefix("torch.")
-    settings = Settings(path, dtype, tuple(options.batch or (1,)), (0.0,), options.new, options.repeats, 0)
-    command = shlex.join(["python", "-m", "specdec.bench.scaling", *(sys.argv[1:] if arguments is None else arguments)])
-    options.out.mkdir(parents=True, exist_ok=True)
-    store = options.out / "trials.jsonl"
-    console = Console()
-    results = run_suite(
-        target, methods, prompts, settings, this_machine(command), store=store, resume=store.exists(), console=console
-    )
+    path, console = checkpoint(target, "target"), Console()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto").eval()
+    methods, parameters = methods_of(model, drafts, drafted)
+    choice = Choice(tuple(prompts), per_task=per_task) if prompts else QUICK
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    asked = load_prompts(choice, AutoTokenizer.from_pretrained(path), positions, new)
+    precision = str(model.dtype).removeprefix("torch.")
+    settings = Settings(target, precision, tuple(batch or (1,)), (0.0,), new, repeats, 0)
+    here = this_machine(shlex.join(["python", "-P", "-m", "specdec.bench.scaling", *sys.argv[1:]]))
+    out.mkdir(parents=True, exist_ok=True)
+    store = out / "trials.jsonl"
+    results = run_suite(model, methods, asked, settings, here, store=store, resume=store.exists(), console=console)
     points = points_of(results, drafts, parameters)
-    for own in write_study(options.out, results, points):
+    for own in write_study(out, results, points):
         console.print(sentence(own), highlight=False)
-    console.print(f"in {options.out}: scaling.html, scaling.md, scaling.json, results.json", highlight=False)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m specdec.bench.scaling", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="a folder; a second call goes on with what is there")
-    parser.add_argument("--draft", action="append", required=True, help="NAME=PATH@TOKENS; may be repeated; PATH may be 'bundled'")
-    parser.add_argument("--target", help="checkpoint folder; the bundled one by default")
-    parser.add_argument("--batch", type=int, action="append", help="may be repeated; 1 by default")
-    parser.add_argument("--drafted", type=int, default=3, help="tokens a round of the fixed length")
-    parser.add_argument("--new", type=int, default=64, help="new tokens of a prompt")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each method on each prompt")
-    parser.add_argument("--prompts", type=Path, action="append", help=".jsonl or .tsv; five built-in ones by default")
-    parser.add_argument("--per-task", type=int, help="most prompts of a task, with --prompts")
-    parser.add_argument("--dtype", help="by default the checkpoint's")
-    return parser
+    console.print(f"in {out}: scaling.html, scaling.md, scaling.json, results.json", highlight=False)
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

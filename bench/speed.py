@@ -10,9 +10,6 @@ first: ours with plain decoding on the same runtime token for token, and with `m
 from __future__ import annotations
 
 import json
-import os
-import platform
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
@@ -20,7 +17,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import transformers
 import typer
 from rich.console import Console
 from rich.progress import track
@@ -28,8 +24,10 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from specdec import FixedPlanner, RunnerOptions, SpeculativeGenerator
+from specdec.bench.machine import machine
 from specdec.bench.margin import explain
 from specdec.bench.timing import Sample, medians, ratio_interval, rotation, timed
+from specdec.bench.workloads import json_lines
 from specdec.bundled import bundled_path
 from specdec.drafters.draft_model import DraftModelDrafter
 
@@ -61,7 +59,7 @@ def load_prompts(
     """
     text = path.read_text() if path else files("specdec.bench").joinpath("prompts.jsonl").read_text()
     prompts, skipped = [], 0
-    for line in map(json.loads, filter(None, text.split("\n"))):
+    for _, line in json_lines(text, str(path or "the built-in prompts")):
         text_of = line.get("text") or line.get("prompt")
         messages = line.get("messages") or [{"role": "user", "content": text_of}]
         if "messages" in line or line.get("chat"):
@@ -201,24 +199,6 @@ def _equality(samples: list[Sample], prompts: list[Prompt], target: Any) -> dict
             beyond.append({"prompt": i, "place": found.place, "gap": found.gap, "noise": found.noise})
     equal = sum(outputs[PLAIN, i] == outputs[HF, i] for i in range(len(prompts)))
     return {"prompts": len(prompts), "equal_to_plain": same, "plain_equals_generate": equal, "within": within, "beyond": beyond}
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    cpu = next((x.split(":")[1].strip() for x in _lines("/proc/cpuinfo") if x.startswith("model name")), platform.processor())
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "cpu": cpu,
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "commit": commit,
-    }
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
 def _show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import platform
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -14,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 from rich.progress import Progress
 
 import specdec
+from specdec.bench.machine import machine
 from specdec.bench.margin import explain, first_difference
 from specdec.bench.methods import Answer, Ask, Method
 from specdec.bench.records import HF, PLAIN, Gate, Machine, MethodInfo, Results, Settings, Status, Trial, from_json
@@ -60,41 +59,15 @@ def this_machine(command: str) -> Machine:
     """What the numbers are measured on. command: as the user typed it."""
     page, pages = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PHYS_PAGES")
     return Machine(
-        cpu=_cpu(),
-        cores=os.cpu_count() or 1,
-        threads=torch.get_num_threads(),
+        **machine(),
         memory_mib=page * pages / 2**20,
         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         system=f"{platform.system()} {platform.release()}",
         python=platform.python_version(),
-        torch=str(torch.__version__),
-        transformers=transformers.__version__,
         specdec=specdec.__version__,
-        commit=_commit(),
         command=command,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-
-
-def _cpu() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    named = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
-
-
-def _commit() -> str:
-    """Of specdec's own checkout; empty for an installed package, whatever repository it lies in."""
-    folder = str(Path(specdec.__file__).parent)
-
-    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=False)
-
-    try:
-        tracked = git("ls-files", "--error-unmatch", "__init__.py").returncode == 0
-        return git("describe", "--always", "--dirty").stdout.strip() if tracked else ""
-    except OSError:
-        return ""
 
 
 def _header(methods: Sequence[Method], prompts: Prompts, settings: Settings, machine: Machine) -> dict[str, Any]:

@@ -108,6 +108,22 @@ def load_prompts(choice: Choice, tokenizer: Any, positions: int | None, new: int
     return Prompts(tuple(prompts), tuple(refused), _described(prompts, refused, licences))
 
 
+def json_lines(text: str, where: str) -> Iterator[tuple[int, Any]]:
+    """The value of every line that is not blank, and the line's number from 1. where: the text's name, for errors.
+
+    Raises SpecDecError that names the line.
+    """
+    # Only "\n" ends a line of JSON: str.splitlines would also cut at separators that stand inside a string.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise SpecDecError(f"{where}, line {number}: not JSON ({error}); mend the line or remove it") from error
+        yield number, value
+
+
 def items(prompts: Sequence[Prompt], batch: int) -> tuple[Item, ...]:
     """Items of `batch` prompts each; a task whose last item is short fills it from its first prompts, so that none is left out."""
     found: list[Item] = []
@@ -163,13 +179,7 @@ def _table(text: str, stem: str, where: str, licence: str) -> list[_Asked]:
 
 def _lines(text: str, stem: str, where: str, licence: str) -> list[_Asked]:
     found = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise SpecDecError(f"{where}, line {number}, is not JSON ({error}); give one object a line") from error
+    for number, entry in json_lines(text, where):
         if not isinstance(entry, dict):
             raise SpecDecError(f"{where}, line {number}, is a {type(entry).__name__}; give one object a line")
         found.append(_asked(entry, number, stem, where, licence))

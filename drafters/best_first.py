@@ -33,7 +33,7 @@ class BestFirstDrafter(DraftModelDrafter):
 
     def _tree(self, roots: Tensor, logits: Tensor, budget: Budget, depth: int) -> Draft:
         cache = self.runner.cache
-        growth = BestFirst(logits, max(budget.width), budget.nodes, budget.depth)
+        growth = BestFirst(logits, budget.width, budget.nodes, budget.depth)
         seen = Frontier(tuple(cache.lengths), logits.device)
         for _ in range(self._forwards):
             chosen = growth.choose(self._frontier)

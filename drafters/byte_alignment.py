@@ -123,12 +123,8 @@ class ByteText:
         self.tokens: list[int] = []
         self.closed: list[int] = list(draft.begin)
         self._open = bytearray()
-        self._empty = True
-
-    @property
-    def empty(self) -> bool:
-        """Whether there is no text yet, special tokens aside."""
-        return self._empty
+        # Whether there are bytes of the target's tokens, and whether there is text: the space put before it is none.
+        self._begun, self._empty = False, True
 
     def add(self, tokens: Sequence[int]) -> None:
         """Append target tokens. A special token ends a segment."""
@@ -150,11 +146,12 @@ class ByteText:
         if not self._empty:
             return data
         plain = data.removeprefix(b" ") if self._draft.prepends else data
-        return b" " + plain if self._target.prepends and plain else plain
+        return b" " + plain if self._target.prepends and not self._begun and plain else plain
 
     def _first(self, data: bytes) -> bytes:
         """The beginning of the text: the space that one tokenizer puts there goes, that of the other comes."""
-        plain = data.removeprefix(b" ") if self._target.prepends else data
+        plain = data.removeprefix(b" ") if self._target.prepends and not self._begun else data
+        self._begun = True
         if not plain:
             return plain
         self._empty = False

@@ -18,7 +18,8 @@ class SampledTreeDrafter(DraftModelDrafter):
 
     Without replacement: stochastic beam search (RSD-S, arXiv 2402.14160, section 3.2.2), `width` nodes a level. Independent:
     `width` paths, each drawn on its own. Deterministic, as for greedy decoding: the most likely nodes, as `DraftModelDrafter`
-    has them. How many nodes a request gets is cut by their number alone, level by level, so q stays the law of the draw.
+    has them. How many nodes a request gets is cut by their number alone, level by level, so q stays the law of the draw. Drawn
+    trees are as wide for every request as the budget's largest width.
     """
 
     name = "sampled-tree"
@@ -28,20 +29,16 @@ class SampledTreeDrafter(DraftModelDrafter):
         super().__init__(model, shape="tree", options=options)
         self.laws = frozenset({Law.DETERMINISTIC, Law.INDEPENDENT, Law.WITHOUT_REPLACEMENT})
 
-    @property
-    def _law(self) -> Law:
-        return Law.DETERMINISTIC if self._setup.sampling is None else self._setup.law
-
     def _tree(self, roots: Tensor, logits: Tensor, budget: Budget, depth: int) -> Draft:
-        if self._law is Law.DETERMINISTIC:
+        if self._chains.law is Law.DETERMINISTIC:
             return super()._tree(roots, logits, budget, depth)
         levels = self._levels(logits, budget, depth)
         within = [sum(level.tokens.shape[1] for level in levels[:deep]) for deep in budget.depth]
-        return sampled_draft(roots, levels, self._law, tuple(map(min, budget.nodes, within)))
+        return sampled_draft(roots, levels, self._chains.law, tuple(map(min, budget.nodes, within)))
 
     def _levels(self, logits: Tensor, budget: Budget, depth: int) -> list[Level]:
         """Every level drawn behind the one before it. logits: [B, V] behind the root."""
-        sampling, cache, requests = self._setup.sampling, self.runner.cache, budget.requests
+        sampling, cache, requests = self._chains.sampling, self.runner.cache, budget.requests
         assert sampling is not None, "greedy trees are deterministic"
         lengths, width, batch = tuple(cache.lengths), max(budget.width), len(requests)
         slots, starts = on_device([requests, lengths], logits.device)
@@ -49,7 +46,7 @@ class SampledTreeDrafter(DraftModelDrafter):
         for number in range(1, depth + 1):
             processed = sampling.process(logits, lambda: _paths(requests, levels)).view(batch, -1, logits.shape[1])
             nodes = processed.shape[1]
-            if self._law is Law.INDEPENDENT:
+            if self._chains.law is Law.INDEPENDENT:
                 drawn = level_gumbel(sampling.noise, slots, starts, number, width, logits.shape[1])
                 level = independent_level(processed, drawn)
             else:

@@ -9,16 +9,15 @@ from torch import Tensor, nn
 
 from specdec.drafters.base import Drafter, DraftSampling, DraftSetup, Paths
 from specdec.drafters.cached import CachedTexts, draft_options
+from specdec.drafters.chains import ChainDrafts, SlotWatch
 from specdec.drafters.several import Runners
-from specdec.drafters.slots import Shape, SlotWatch
+from specdec.drafters.slots import Shape
 from specdec.errors import IncompatibleRuleError, SpecDecError
 from specdec.kernels.transfer import on_device
 from specdec.noise import Noise, Stream
 from specdec.rows import next_rows
 from specdec.runner import ModelRunner, RunnerOptions
-from specdec.trees.chain import chain_tree
 from specdec.trees.host import tree_from_lists
-from specdec.trees.layout import chain_parents
 from specdec.types import Budget, Committed, Draft, Law, Scores, TokenTree
 from specdec.verify.chooser import Chooser, NoiseChooser
 from specdec.verify.compatibility import Rule, rule_for
@@ -95,14 +94,13 @@ class Staged:
 
     def begin(self, prompts: tuple[tuple[int, ...], ...], setup: DraftSetup) -> None:
         """Start a batch; see `Drafter.begin`. Raises when the vocabulary or device is not the target's."""
-        self._setup = setup
-        self._line = chain_parents(len(prompts), setup.capacity, setup.device)
+        self._chains = ChainDrafts(setup, self.laws, len(prompts))
         self._texts.begin(prompts, setup)
         self._rule, law = self._chosen()
-        sampling = setup.sampling
-        if sampling is not None and self._law is not Law.COUPLED:
+        sampling = self._chains.sampling
+        if sampling is not None and self._chains.law is not Law.COUPLED:
             sampling = DraftSampling(sampling.process, Noise(sampling.noise.seed ^ _INNER))
-        self._inner.begin(prompts, replace(setup, law=law, sampling=None if self._law is Law.DETERMINISTIC else sampling))
+        self._inner.begin(prompts, replace(setup, law=law, sampling=sampling))
 
     def propose(self, budget: Budget) -> Draft:
         """A chain for budget.requests; see `Drafter.propose`."""
@@ -111,7 +109,7 @@ class Staged:
         counts = tuple(map(min, budget.nodes, budget.depth))
         # A request with a long accepted path goes on as long as the others need.
         if not max(counts) or not self._texts.has_room(requests, 2 * max(counts)):
-            return Draft(chain_tree(self._texts.roots(requests), (), (0,) * len(requests), self._line), self._law)
+            return self._chains.nothing(self._texts.roots(requests))
         proposed = self._inner.propose(self._inner_budget(requests, counts))
         pending = self._texts.pending(requests)
         lengths = tuple([n + len(text) for n, text in zip(self._model.cache.lengths, pending, strict=True)])
@@ -126,19 +124,15 @@ class Staged:
         self._texts.commit(committed)
         self._inner.commit(committed)
 
-    @property
-    def _law(self) -> Law:
-        return Law.DETERMINISTIC if self._setup.sampling is None else self._setup.law
-
     def _chosen(self) -> tuple[Rule, Law]:
         """The rule between the two stages, lossless, and the law that the inner drafter draws by."""
-        inner, law = self._inner, self._law
+        inner, law = self._inner, self._chains.law
         name = "coupled" if law is Law.COUPLED else "auto"
         return rule_for(name, inner.laws, inner.shape, law is not Law.DETERMINISTIC, False, False)
 
     def _chooser(self, requests: tuple[int, ...], lengths: tuple[int, ...]) -> Chooser:
         """All of a round's draws are draws of the draft, so none is shared with the target's rule. Greedily nothing is drawn."""
-        sampling = self._setup.sampling
+        sampling = self._chains.sampling
         own = on_device([requests, lengths], self._model.device)
         return NoiseChooser(Noise(0) if sampling is None else sampling.noise, own[0], own[1], Stream.DRAFT)
 
@@ -172,10 +166,8 @@ class Staged:
         return _Begun(processed, tuple([(0, *path) for path in paths]), tuple(tokens))
 
     def _processed(self, logits: Tensor, paths: Paths) -> Tensor:
-        sampling = self._setup.sampling
-        if sampling is None or self._law is Law.DETERMINISTIC:
-            return logits
-        return sampling.process(logits, paths)
+        sampling = self._chains.sampling
+        return logits if sampling is None else sampling.process(logits, paths)
 
     def _continued(
         self, begun: _Begun, counts: tuple[int, ...], requests: tuple[int, ...], lengths: tuple[int, ...], chooser: Chooser
@@ -209,10 +201,10 @@ class Staged:
 
     def _drawn(self, processed: Tensor, slots: Tensor, positions: Tensor, chooser: Chooser) -> Tensor:
         """[B]: a token behind each text by the law of the call."""
-        sampling = self._setup.sampling
-        if sampling is None or self._law is Law.DETERMINISTIC:
+        sampling = self._chains.sampling
+        if sampling is None:
             return processed.argmax(-1)
-        if self._law is Law.COUPLED:
+        if self._chains.law is Law.COUPLED:
             return coupled_pick(sampling.noise, slots, positions, processed)
         return chooser.pick(processed.softmax(-1))
 
@@ -224,12 +216,11 @@ class Staged:
             if not watch.goes_on(rows[:, place]):
                 break
             watch.drew(token)
-        tree = chain_tree(self._texts.roots(budget.requests), drafted, watch.counts, self._line)
-        last = tree.tokens.shape[1] - 1
-        if self._law is not Law.INDEPENDENT or not last:
-            return Draft(tree, self._law, slots=watch.stats())
-        q = torch.nn.functional.pad(rows[:, :last].softmax(-1), (0, 0, 0, 1))
-        return Draft(tree, self._law, q, slots=watch.stats())
+        draft = self._chains.known(self._texts.roots(budget.requests), drafted, watch.counts, watch.stats())
+        last = max(watch.counts)
+        if draft.law is not Law.INDEPENDENT or not last:
+            return draft
+        return replace(draft, q=torch.nn.functional.pad(rows[:, :last].softmax(-1), (0, 0, 0, 1)))
 
 
 def _behind(pending: list[list[int]], tokens: list[list[int]], parents: list[list[int]], device: torch.device) -> TokenTree:

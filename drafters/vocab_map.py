@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import ceil
 from typing import Literal
 
@@ -13,19 +13,14 @@ from transformers import PreTrainedTokenizerBase
 from specdec.drafters.base import DraftSetup
 from specdec.drafters.byte_alignment import ByteText, ByteVocabulary, shared_tokens, without_open_end
 from specdec.drafters.cached import draft_options
-from specdec.drafters.slots import CHAIN_LAWS, SlotWatch, drafted_paths
+from specdec.drafters.chains import CHAIN_LAWS, ChainDrafts, Draw, Process, replayed
 from specdec.drafters.string_law import StringLaw
 from specdec.errors import SpecDecError, VocabularyMismatchError
 from specdec.kernels.transfer import on_device
-from specdec.noise import Stream
 from specdec.rows import next_rows
 from specdec.runner import ModelRunner, RunnerOptions
-from specdec.trees.chain import chain_tree
 from specdec.trees.host import tree_from_lists
-from specdec.trees.layout import chain_parents
 from specdec.types import Budget, Committed, Draft, Law
-from specdec.verify.chooser import NoiseChooser
-from specdec.verify.coupled import coupled_pick
 
 WAYS = ("intersection", "string", "string-rejection")
 # A token of the target is at most so many of the draft's, when it is told how far to write.
@@ -89,8 +84,8 @@ class VocabMap:
         if setup.device != self.runner.device:
             raise SpecDecError(f"the draft model is on {self.runner.device}, the target on {setup.device}; move one of them")
         _check_size(self._target, setup.vocabulary, "target")
-        self._setup = setup
-        self._line = chain_parents(len(prompts), setup.capacity, setup.device)
+        self._vocabulary = setup.vocabulary
+        self._chains = ChainDrafts(setup, self.laws, len(prompts))
         self._texts = SyncedTexts(self.runner, [ByteText(self._target, self._draft) for _ in prompts])
         self._texts.begin(prompts, setup.capacity)
         target_ids, draft_ids = self._pairs
@@ -110,20 +105,12 @@ class VocabMap:
             # By shared tokens a chain is whole or not there.
             if depth > 0 and (depth == max(counts) or self._strings is not None):
                 return self._drawn(self._texts.pending(budget.requests, found), budget, depth)
-        return self._nothing(budget.requests)
+        return self._chains.nothing(self._texts.roots(budget.requests))
 
     def commit(self, committed: Committed) -> None:
         """Take in what the round added to the text."""
         for request, tokens in zip(committed.requests, committed.tokens, strict=True):
             self._texts.texts[request].add(tokens)
-
-    @property
-    def _law(self) -> Law:
-        drawn = self._by != "string" and self._setup.sampling is not None
-        return self._setup.law if drawn else Law.DETERMINISTIC
-
-    def _nothing(self, requests: Sequence[int]) -> Draft:
-        return Draft(chain_tree(self._texts.roots(requests), (), (0,) * len(requests), self._line), self._law)
 
     def _written(self, found: list[list[int]], budget: Budget, counts: tuple[int, ...], room: int) -> Draft:
         """The text that the draft writes, in the target's tokens. found: the texts in draft tokens."""
@@ -131,7 +118,7 @@ class VocabMap:
         steps = [_steps(len(own), len(text.tokens), count) for own, text, count in zip(found, texts, counts, strict=True)]
         depth = min(max(steps), room)
         if depth <= 0:
-            return self._nothing(budget.requests)
+            return self._chains.nothing(self._texts.roots(budget.requests))
         pending = self._texts.pending(budget.requests, found)
         written = self._greedy(pending, depth).tolist()
         chains = []
@@ -152,11 +139,9 @@ class VocabMap:
 
     def _greedy(self, pending: list[list[int]], depth: int) -> Tensor:
         """[B, depth]: the draft's likeliest token, one after the other."""
-        if self.runner.replays:
-            lines = [list(range(-1, len(text) - 1)) for text in pending]
-            drafted = self.runner.whole_chain(tree_from_lists(pending, lines, self.runner.device), depth)
-            if drafted is not None:
-                return drafted
+        drafted = replayed(self.runner, pending, depth)
+        if drafted is not None:
+            return drafted
         logits = self.runner.extend(pending)[1]
         tokens = [logits.argmax(-1, keepdim=True)]
         for step in range(depth - 1):
@@ -165,63 +150,27 @@ class VocabMap:
         return torch.cat(tokens, 1)
 
     def _drawn(self, pending: list[list[int]], budget: Budget, depth: int) -> Draft:
-        """Draw one token after the other, each from the law given the ones before it."""
-        draw = self._drawing(budget.requests)
-        watch = SlotWatch(budget, depth)
-        drafted: list[Tensor] = []
-        laws: list[Tensor] = []
-        for step in range(depth):
-            processed = self._processed(self._next(pending, budget.requests, drafted), budget.requests, drafted)
-            if not watch.goes_on(processed):
-                break
-            token, q = draw(processed, step)
-            drafted.append(token)
-            laws.append(q)
-            watch.drew(token)
-        tree = chain_tree(self._texts.roots(budget.requests), drafted, watch.counts, self._line)
-        if self._law is not Law.INDEPENDENT or not drafted:
-            return Draft(tree, self._law, slots=watch.stats())
-        laws.append(torch.zeros_like(laws[0]))
-        return Draft(tree, self._law, torch.stack(laws, 1)[:, : tree.tokens.shape[1]], slots=watch.stats())
+        """A chain drawn from laws over target tokens."""
+        requests = budget.requests
+        lengths = [len(self._texts.texts[slot].tokens) for slot in requests]
+        draws = self._chains.draws(requests, lengths)
+        if self._chains.sampling is not None:
+            draws = _with_law(*draws)
+        roots = self._texts.roots(requests)
+        return self._chains.drawn(roots, lambda drafted: self._next(pending, requests, drafted), draws, budget, depth)
 
     def _next(self, pending: list[list[int]], slots: Sequence[int], drafted: list[Tensor]) -> Tensor:
         """Logits [B, V of the target] behind what was drafted so far. Tokens that the draft cannot write are out."""
         if self._strings is not None:
             last = drafted[-1][:, 0].tolist() if drafted else [self._texts.texts[slot].tokens[-1] for slot in slots]
-            return self._strings.logits(self._strings.spelled(last) if drafted else pending, last, self._setup.vocabulary)
+            return self._strings.logits(self._strings.spelled(last) if drafted else pending, last, self._vocabulary)
         if drafted:
             logits = self.runner.forward(next_rows(self.runner.cache, len(drafted) - 1, self._as_draft[drafted[-1]]))[0]
         else:
             logits = self.runner.extend(pending)[1]
         target_ids, draft_ids = self._pairs
-        wide = logits.new_full((logits.shape[0], self._setup.vocabulary), float("-inf"))
+        wide = logits.new_full((logits.shape[0], self._vocabulary), float("-inf"))
         return wide.index_copy(1, target_ids, logits.index_select(1, draft_ids))
-
-    def _processed(self, wide: Tensor, slots: tuple[int, ...], drafted: list[Tensor]) -> Tensor:
-        """Logits [B, V of the target], processed as the target's are."""
-        sampling = self._setup.sampling
-        if sampling is None or self._law is Law.DETERMINISTIC:
-            return wide
-        processed = sampling.process(wide, lambda: drafted_paths(slots, drafted))
-        # Where the processing allows none of the tokens there is no law; the unprocessed one is, though nothing will be accepted.
-        return torch.where(processed.amax(-1, keepdim=True).isneginf(), wide.to(processed.dtype), processed)
-
-    def _drawing(self, slots: tuple[int, ...]) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
-        """How a token is drawn in this round: from processed logits and the number of tokens before it, token [B, 1] and law."""
-        sampling = self._setup.sampling
-        if sampling is None or self._law is Law.DETERMINISTIC:
-            return lambda logits, step: (logits.argmax(-1, keepdim=True), logits)
-        lengths = [len(self._texts.texts[slot].tokens) for slot in slots]
-        requests, starts = on_device([slots, lengths], self.runner.device)
-        chooser = NoiseChooser(sampling.noise, requests, starts, Stream.DRAFT)
-
-        def draw(processed: Tensor, step: int) -> tuple[Tensor, Tensor]:
-            if self._law is Law.COUPLED:
-                return coupled_pick(sampling.noise, requests, starts + step, processed)[:, None], processed
-            q = processed.softmax(-1)
-            return chooser.pick(q)[:, None], q
-
-        return draw
 
 
 class SyncedTexts:
@@ -286,6 +235,16 @@ class SyncedTexts:
             self._held[r], self._firm[r] = tokens, min(len(self.texts[r].closed), len(tokens))
         cache.lengths = starts
         return [tokens[start:] for tokens, start in zip(found, starts, strict=True)]
+
+
+def _with_law(process: Process, draw: Draw) -> tuple[Process, Draw]:
+    """Where the processing allows none of the tokens there is no law; the unprocessed one is, though nothing will be accepted."""
+
+    def mended(wide: Tensor, drafted: list[Tensor]) -> Tensor:
+        processed = process(wide, drafted)
+        return torch.where(processed.amax(-1, keepdim=True).isneginf(), wide.to(processed.dtype), processed)
+
+    return mended, draw
 
 
 def _steps(draft_tokens: int, target_tokens: int, count: int) -> int:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -21,6 +20,7 @@ from specdec.bench.against import Judged, Plan, Side, checkout, run_against, wor
 from specdec.bench.compare import MARGIN, Report, Verdict, compare, whole
 from specdec.bench.markdown import markdown
 from specdec.bench.methods import ASSISTED, COMPILED, LOOKUP, STATIC, Method, NamedDrafter, Selection, make_methods
+from specdec.bench.page import write_page
 from specdec.bench.peers import ENGINES, peer
 from specdec.bench.records import ALL, HF, PLAIN, Interval, Results, Settings, read_results, write_results
 from specdec.bench.suite import run_suite, this_machine
@@ -29,15 +29,14 @@ from specdec.bench.workloads import QUICK, Choice, Prompts, load_prompts
 from specdec.bundled import BUNDLED, Role, bundled_path, checkpoint
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.drafters.registry import FACTORIES, load_drafter
-from specdec.errors import CheckpointError, SpecDecError
-from specdec.loading import load_model, load_tokenizer
+from specdec.errors import SpecDecError
+from specdec.loading import load_model, need_tokenizer
 
-_LABELS = {"draft": "draft model", "medusa": "Medusa", "pard": "PARD"}
+_LABELS: dict[Role, str] = {"draft": "draft model", "medusa": "Medusa", "pard": "PARD"}
 # What is tried where nobody says: those that fit any target, and those made for the bundled one.
 _ANYWHERE, _BUNDLED = ("suffix", "prompt-lookup"), ("draft", "medusa", "pard", "suffix")
 # The bundled target's model card names the length that it was trained at.
 _BUNDLED_LENGTH = 256
-_PAGE = "specdec.bench.page"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,17 +104,10 @@ def run_bench(options: BenchOptions, console: Console) -> bool:
 
 
 def write_reports(results: Results, folder: Path, console: Console) -> None:
-    """report.md, and report.html where this installation has the page."""
+    """report.md and report.html."""
     (folder / "report.md").write_text(markdown(results), encoding="utf-8")
-    written = ["report.md"]
-    if importlib.util.find_spec(_PAGE) is None:
-        console.print("report.html is left out: this installation has no page module")
-    else:
-        from specdec.bench.page import write_page
-
-        write_page(results, folder / "report.html")
-        written.append("report.html")
-    console.print(f"in {escape(str(folder))}: {', '.join(written)}", highlight=False)
+    write_page(results, folder / "report.html")
+    console.print(f"in {escape(str(folder))}: report.md, report.html", highlight=False)
 
 
 def run_compare(before: Path, after: Path, margin: float, console: Console) -> Report:
@@ -159,8 +151,9 @@ def run_compare_against(options: AgainstOptions, console: Console) -> Verdict:
     root = working_tree()
     methods: dict[str, str | None] = {PLAIN: None}
     for text in options.drafters:
-        name, source = _named(text)
-        methods[name] = source
+        named = _named(text)
+        _check_free(text, named.label, named.source, methods)
+        methods[named.label] = named.said
     plan = Plan(
         target=checkpoint(options.target, "target"),
         methods=methods,
@@ -192,18 +185,31 @@ def compare_command(
 
 
 def _short_prompts(options: AgainstOptions) -> tuple[tuple[int, ...], ...]:
-    tokenizer = load_tokenizer(checkpoint(options.target, "target"))
-    if tokenizer is None:
-        raise CheckpointError(f"--target {options.target}: transformers finds no tokenizer there, and the prompts need one")
+    tokenizer = need_tokenizer(checkpoint(options.target, "target"))
     return tuple(prompt.ids for prompt in load_prompts(QUICK, tokenizer, None, options.max_new_tokens).prompts)
 
 
-def _named(text: str) -> tuple[str, str]:
-    """A drafter's label, and what each checkout loads for it: its own bundled one, or the same name or path."""
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """One --drafter. label: of its rows.  source: a name, a role of the bundled models, or a path.  role: None where it is none."""
+
+    label: str
+    source: str
+    role: Role | None
+
+    @property
+    def said(self) -> str:
+        """What a report calls it, and each of two checkouts loads: its own bundled one, or the same name or path."""
+        return self.source if self.role is None else f"{BUNDLED}:{self.role}"
+
+
+def _named(text: str) -> _Named:
+    """What was asked for as SOURCE or NAME=SOURCE."""
     name, named, source = text.partition("=")
     source = source if named else name
-    label = name if named else _LABELS.get(source, Path(source).name)
-    return label, f"{BUNDLED}:{source}" if source in _LABELS else source
+    role = next((role for role in _LABELS if role == source), None)
+    own = Path(source).name if role is None else _LABELS[role]
+    return _Named(name if named else own, source, role)
 
 
 def _show_against(reference: str, found: Sequence[Judged], console: Console) -> None:
@@ -255,10 +261,7 @@ def _file(path: Path) -> Path:
 
 def _loaded(path: str, dtype: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     target = load_model(path, dtype=dtype)
-    tokenizer = load_tokenizer(path)
-    if tokenizer is None:
-        raise CheckpointError(f"--target {path}: transformers finds no tokenizer there, and the prompts need one")
-    return target, tokenizer
+    return target, need_tokenizer(path)
 
 
 def _new(options: BenchOptions) -> int:
@@ -305,27 +308,27 @@ def _drafters(options: BenchOptions, target: PreTrainedModel) -> list[NamedDraft
     for text in asked:
         own = _drafter(text, target)
         taken = {HF, PLAIN, LOOKUP, ASSISTED, STATIC, COMPILED, *ENGINES, *(other.name for other in found)}
-        if own.name in taken:
-            raise SpecDecError(f"--drafter {text}: the name {own.name!r} is taken; give another as NAME={own.source}")
+        _check_free(text, own.name, own.source, taken)
         found.append(own)
     return found
 
 
+def _check_free(text: str, name: str, source: str, taken: Collection[str]) -> None:
+    if name in taken:
+        raise SpecDecError(f"--drafter {text}: the name {name!r} is taken; give another as NAME={source}")
+
+
 def _drafter(text: str, target: PreTrainedModel) -> NamedDrafter:
     """A drafter by name, role of the bundled models, or path; each may be written NAME=..."""
-    name, named, source = text.partition("=")
-    source = source if named else name
-    if source in FACTORIES:
-        return NamedDrafter(name, source, source)
-    role = next((role for role in get_args(Role) if role == source and role in _LABELS), None)
-    path = source if role is None else str(bundled_path(role))
-    label = name if named else _LABELS.get(source, Path(source).name)
+    named = _named(text)
+    if named.source in FACTORIES:
+        return NamedDrafter(named.label, named.said, named.source)
+    path = named.source if named.role is None else str(bundled_path(named.role))
     drafter = load_drafter(path, target)
-    said = source if role is None else f"{BUNDLED}:{role}"
     if not isinstance(drafter, DraftModelDrafter):
-        return NamedDrafter(label, said, drafter)
+        return NamedDrafter(named.label, named.said, drafter)
     model = load_model(path, device=target.device)
-    return NamedDrafter(label, said, DraftModelDrafter(model), model)
+    return NamedDrafter(named.label, named.said, DraftModelDrafter(model), model)
 
 
 def _interval(interval: Interval | None, digits: int = 2) -> str:

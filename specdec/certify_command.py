@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -18,12 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specdec.bundled import BUNDLED, checkpoint
 from specdec.certify import CHECKS, FAIL, PASS, Certificate, certify, room_of
-from specdec.errors import CheckpointError, SpecDecError
-from specdec.loading import load_model, load_tokenizer
-from specdec.planner import FixedPlanner
+from specdec.errors import SpecDecError
+from specdec.loading import load_model, need_tokenizer
+from specdec.planner import planner_of
 from specdec.tune_command import read_prompts
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Prompts that are compared, and tokens of each, at most.
 _PROMPTS, _LONGEST = 4, 192
 _COLOURS = {PASS: "green", FAIL: "bold red"}
@@ -51,20 +49,17 @@ class CertifyOptions:
 
 def run_certify(options: CertifyOptions, console: Console) -> Certificate:
     """Run the checks and show them; with --json the document alone goes to standard output. Raises SpecDecError."""
-    if options.dtype not in (None, *_DTYPES):
-        raise SpecDecError(f"--dtype {options.dtype!r}: allowed are {', '.join(_DTYPES)}")
     drafter = options.drafter
     if drafter is None and options.target != BUNDLED:
         raise SpecDecError("--drafter is missing, and the bundled draft fits no other target; name a checkpoint, or 'suffix'")
     path = checkpoint(options.target, "target")
-    target = load_model(path, dtype=None if options.dtype is None else _DTYPES[options.dtype])
-    planner = None if options.nodes is None else FixedPlanner(nodes=options.nodes, depth=options.nodes, width=2)
+    target = load_model(path, dtype=options.dtype)
     shown = Console(stderr=True) if options.as_json else console
     with Progress(console=shown, transient=True) if shown.is_terminal else nullcontext() as bar:
         certificate = certify(
             target,
             checkpoint(drafter or BUNDLED, "draft"),
-            prompts=_token_ids(options, target, load_tokenizer(path)),
+            prompts=_token_ids(options, target, need_tokenizer(path)),
             verifier=options.verifier,
             temperature=options.temperature,
             top_k=options.top_k,
@@ -72,7 +67,7 @@ def run_certify(options: CertifyOptions, console: Console) -> Certificate:
             samples=options.samples,
             seed=options.seed,
             max_new_tokens=options.max_new_tokens,
-            planner=planner,
+            planner=planner_of(options.nodes),
             checks=options.checks or CHECKS,
             progress=None if bar is None else _Bars(bar),
         )
@@ -115,12 +110,8 @@ class _Bars:
         self._progress.update(self._tasks[name], completed=share)
 
 
-def _token_ids(
-    options: CertifyOptions, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
-) -> Sequence[tuple[int, ...]]:
+def _token_ids(options: CertifyOptions, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Sequence[tuple[int, ...]]:
     """A few prompts from the whole file, those left out that are too long for the checks."""
-    if tokenizer is None:
-        raise CheckpointError(f"--target {options.target}: transformers finds no tokenizer there, and the prompts need one")
     texts = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in read_prompts(options.prompts)]
     every = [tuple(tokenizer(text)["input_ids"]) for text in texts]
     longest = min(_LONGEST, room_of(target, options.max_new_tokens))

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from specdec import __version__
 from specdec.errors import SpecDecError
@@ -288,15 +289,14 @@ def bench_compare(
     fail_if_slower: Annotated[bool, typer.Option("--fail-if-slower", help="exit code 1 when the verdict is slower")] = False,
 ) -> None:
     """Say whether one run is faster than another by ratios to plain decoding, or the working tree than a commit."""
-    from dataclasses import replace
-
     from specdec.bench_command import AgainstOptions, compare_command
 
     asked = None
     if against:
         chosen = tuple(drafter or ("draft",))
-        how = AgainstOptions(against, drafters=chosen, margin=margin, seconds=seconds)
-        asked = replace(how, dtype=dtype, planner=planner, threads=threads)
+        asked = AgainstOptions(
+            against, drafters=chosen, margin=margin, seconds=seconds, dtype=dtype, planner=planner, threads=threads
+        )
     verdict = compare_command(before, after, asked, margin, Console())
     if verdict == "outputs differ" or (fail_if_slower and verdict == "slower"):
         raise typer.Exit(1)
@@ -340,7 +340,7 @@ def main() -> None:
     try:
         app()
     except SpecDecError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped")

@@ -140,11 +140,10 @@ class _Times:
 
     def observe(self, stats: RoundStats, steps: int) -> None:
         """steps: of the drafter, in this round."""
-        target_s = stats.target_s + stats.verify_s + stats.other_s
         self.step.observe(steps, stats.draft_s)
-        self.row.observe(stats.num_rows, target_s)
+        self.row.observe(stats.num_rows, stats.undrafted_s)
         self.tokens = _KEEP_TIMES * self.tokens + len(stats.requests) + sum(stats.accepted)
-        self.seconds = _KEEP_TIMES * self.seconds + stats.draft_s + target_s
+        self.seconds = _KEEP_TIMES * self.seconds + stats.seconds
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,7 +52,7 @@ class Step:
 class Timed(Protocol):
     """What runs a model and says how long. forward_s: seconds in its forwards so far.
 
-    cold: calls so far that were the first of their size or prepared it.
+    cold: calls so far that took in a prompt, were the first of their size or captured it.
     """
 
     @property
@@ -144,7 +144,8 @@ class Controller:
         return Judged(committed, scored, verified, parents, scores, raw)
 
     def _propose(self, budget: Budget, last_tokens: Sequence[int]) -> Draft:
-        if self.drafter is None:
+        """A round that drafts nothing does not ask the drafter."""
+        if self.drafter is None or not any(budget.nodes):
             return Draft(root_tree(last_tokens, self.target.device), Law.DETERMINISTIC)
         return self.drafter.propose(budget)
 

@@ -200,8 +200,9 @@ class CostModel:
         if not at_most or not curve or seconds < curve.at(depth):
             curve.add(depth, seconds, _PACE_FOLLOWS)
 
-    def knows(self, batch: int) -> bool:
-        """Whether anything was measured that tells what plain decoding of this batch size takes."""
+    @property
+    def any_known(self) -> bool:
+        """Whether any round was measured, so that there is something to estimate plain decoding from."""
         return bool(self._target)
 
     def measured(self, batch: int, nodes: float) -> bool:
@@ -236,8 +237,7 @@ class CostModel:
 
     def _curve_of(self, batch: int) -> Curve:
         """Of this batch size; until its plain rounds are measured, of all batch sizes together, which packed rows nearly decide."""
-        own = self._target.get(bucket(batch))
-        return own if own is not None and own.knows(batch) else self._by_rows
+        return self._target[bucket(batch)] if self.knows_plain(batch) else self._by_rows
 
     def knows_plain(self, batch: int) -> bool:
         """Whether plain rounds of this very batch size were measured, and lately."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import lzma
 import os
 from collections.abc import Iterator, Sequence
@@ -14,11 +13,12 @@ from rich.progress import Progress
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
+from specdec.bench.workloads import json_lines
 from specdec.bundled import bundled_path
 from specdec.drafters.datastore import Datastore, tokenizer_fingerprint
 from specdec.drafters.datastore_build import build_datastore, check_out
-from specdec.errors import CheckpointError, SpecDecError
-from specdec.loading import load_tokenizer
+from specdec.errors import SpecDecError
+from specdec.loading import need_tokenizer
 
 # A tokenizer is given this many characters at a time, cut behind a line.
 _PIECE = 1 << 20
@@ -31,12 +31,7 @@ def run_build(out: Path, inputs: Sequence[Path], tokenizer: str | None, overwrit
     Raises SpecDecError for what the user can mend: nothing to read, broken JSON, a folder that is in the way.
     """
     check_out(out, overwrite)
-    path = tokenizer or str(bundled_path("target"))
-    loaded = load_tokenizer(path)
-    if loaded is None:
-        raise CheckpointError(
-            f"--tokenizer {path}: transformers finds no tokenizer there; give the folder of the target's checkpoint"
-        )
+    loaded = need_tokenizer(tokenizer or bundled_path("target"), "--tokenizer")
     files = _files(inputs)
     vocabulary = max(loaded.get_vocab().values()) + 1
     skipped: list[Path] = []
@@ -125,14 +120,7 @@ def _documents(file: Path, skipped: list[Path]) -> Iterator[Any]:
 
 
 def _lines(file: Path, text: str) -> Iterator[Any]:
-    # Only "\n" ends a line of JSON: str.splitlines would also cut at separators that stand inside a string.
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise SpecDecError(f"{file}, line {number}: not JSON ({error}); mend the line or remove it") from error
+    for number, entry in json_lines(text, str(file)):
         entry = entry if isinstance(entry, dict) else {}
         if isinstance(entry.get("text"), str):
             yield entry["text"]

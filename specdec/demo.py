@@ -24,8 +24,8 @@ from specdec.drafters.base import Drafter
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.drafters.registry import load_drafter
 from specdec.generator import SpeculativeGenerator
-from specdec.loading import load_model, load_tokenizer
-from specdec.planner import FixedPlanner
+from specdec.loading import load_model, need_tokenizer
+from specdec.planner import planner_of
 
 HF, PLAIN, MODEL, LOOKUP, MEDUSA, PARD = "model.generate", "plain decoding", "draft model", "suffix lookup", "Medusa heads", "PARD"
 # One prompt of each kind from the built-in file: dialogue, story, maths, code, docs, and text that repeats itself.
@@ -46,7 +46,7 @@ def run_demo(target_path: str | None, draft_path: str | None, new: int, nodes: i
     """Show the demo; the figures are medians of interleaved repeats after a warm-up. nodes: None lets the planner decide."""
     target = load_model(target_path or str(bundled_path("target")), dtype=None, device=None)
     draft = load_model(draft_path or str(bundled_path("draft")), dtype=None, device=None)
-    tokenizer = load_tokenizer(target_path or str(bundled_path("target")))
+    tokenizer = need_tokenizer(target_path or str(bundled_path("target")))
     prompts = [load_prompts(None, tokenizer, None, 384)[0][i] for i in (_SHOWN[:2] if quick else _SHOWN)]
     methods = _methods(target, _drafters(target, draft, bundled=target_path is None), new, nodes)
     runs = _measure(methods, prompts, 1 if quick else 3, console)
@@ -64,10 +64,9 @@ def _drafters(target: Any, draft: Any, *, bundled: bool) -> dict[str, Drafter | 
 
 
 def _methods(target: Any, drafters: dict[str, Drafter | str | None], new: int, nodes: int | None) -> dict[str, Method]:
-    planner = None if nodes is None else FixedPlanner(nodes=nodes, depth=nodes, width=2)
 
     def ours(name: str) -> Method:
-        generator = SpeculativeGenerator(target, drafters[name], planner=planner)
+        generator = SpeculativeGenerator(target, drafters[name], planner=planner_of(nodes))
 
         def run(prompt: Prompt) -> _Run:
             tokens, seconds = timed(lambda: _decode(generator, target, prompt, new))

@@ -12,10 +12,11 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from specdec.bundled import bundled_path
+from specdec.bundled import BUNDLED, bundled_path
 from specdec.errors import InvalidRequestError
 from specdec.generator import SpeculativeGenerator
-from specdec.planner import FixedPlanner
+from specdec.loading import no_tokenizer
+from specdec.planner import planner_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,8 @@ def run_generate(prompt: str | None, file: Path | None, options: GenerateOptions
     """Answer one prompt, or hold a conversation when --chat came without one."""
     generator = make_generator(options)
     tokenizer = generator.tokenizer
-    assert tokenizer is not None, "from_pretrained loads the tokenizer"
+    if tokenizer is None:
+        raise no_tokenizer(options.target or BUNDLED)
     if prompt is None and file is None and options.chat and sys.stdin.isatty():
         _converse(generator, tokenizer, options, console)
         return
@@ -52,8 +54,7 @@ def make_generator(options: GenerateOptions) -> SpeculativeGenerator:
     if drafter is None and options.target is None:
         drafter = str(bundled_path("draft"))
     drafter = None if drafter == "none" else drafter
-    planner = None if options.nodes is None else FixedPlanner(nodes=options.nodes, depth=max(1, options.nodes), width=2)
-    return SpeculativeGenerator.from_pretrained(target, drafter, verifier=options.verifier, planner=planner)
+    return SpeculativeGenerator.from_pretrained(target, drafter, verifier=options.verifier, planner=planner_of(options.nodes))
 
 
 def _read(file: Path | None) -> str:

@@ -187,10 +187,9 @@ class GoodputPlanner:
     def _learn_times(self, asked: _Asked, stats: RoundStats) -> None:
         """What a warm round took."""
         batch, drafted, arm = len(stats.requests), sum(stats.drafted), self._arms[asked.plan.arm]
-        target_s = stats.target_s + stats.verify_s + stats.other_s
-        self._total_s += stats.draft_s + target_s
+        self._total_s += stats.seconds
         if not stats.cold_target:
-            self._costs.observe(batch, drafted, asked.context, target_s)
+            self._costs.observe(batch, drafted, asked.context, stats.undrafted_s)
         if drafted and not stats.cold_draft:
             depth = max(map(min, asked.nodes, asked.plan.depth))
             late = self._undrafted >= _CATCHES_UP
@@ -199,9 +198,7 @@ class GoodputPlanner:
     def _learn_gain(self, asked: _Asked, stats: RoundStats) -> None:
         """What a round that drafted gained over plain decoding."""
         batch = len(stats.requests)
-        round_ = Judged(
-            batch, sum(stats.drafted), sum(stats.accepted), stats.draft_s + stats.target_s + stats.verify_s + stats.other_s
-        )
+        round_ = Judged(batch, sum(stats.drafted), sum(stats.accepted), stats.seconds)
         plain_s, guard = self._costs.plain(batch, asked.context), self._guard(batch)
         gained_s = round_.tokens * plain_s / batch - min(round_.seconds, _LONGEST * plain_s)
         self._gained_s += gained_s
@@ -219,7 +216,6 @@ class GoodputPlanner:
         """Take in which drafters there are, and forget what was known of texts that have ended."""
         traits = load.drafters or _ONLY
         if traits != self._traits:
-            self._traits = traits
             self._begin(traits)
         for request, length in zip(load.requests, load.lengths, strict=True):
             if length < self._lengths.get(request, length + 1):
@@ -231,6 +227,9 @@ class GoodputPlanner:
             self._lengths[request] = length
 
     def _begin(self, traits: tuple[DrafterTraits, ...]) -> None:
+        """Know these drafters, and no plan of others."""
+        self._learn()
+        self._traits, self._plan, self._said, self._stays, self._steady = traits, None, None, 0, 0
         profile = self._profile
         only = profile if len(traits) == 1 else None
         self._arms = []
@@ -251,7 +250,7 @@ class GoodputPlanner:
         """Why, and what."""
         batch = len(load.requests)
         rounds, guard = self._rounds.get(bucket(batch), 0), self._guard(batch)
-        if not self._costs.knows_plain(batch) and (rounds >= _BORROWS or not self._costs.knows(batch)):
+        if not self._costs.knows_plain(batch) and (rounds >= _BORROWS or not self._costs.any_known):
             return "first", self._plain(load)
         if guard.trying:
             return "trial", self._arms[self._liveliest()].least(load, self._costs, _TRIAL_SHARE if batch >= _TRIAL_SHARE else 1)
@@ -263,7 +262,7 @@ class GoodputPlanner:
         """Plain decoding; the same plan until something is learned."""
         if self._rest is None or self._rest.requests != load.requests:
             nothing, batch, context = (0,) * len(load.requests), len(load.requests), sum(load.lengths)
-            seconds = self._costs.plain(batch, context) if self._costs.knows(batch) else float("inf")
+            seconds = self._costs.plain(batch, context) if self._costs.any_known else float("inf")
             self._rest = Plan(0, load.requests, nothing, nothing, 1, 0, batch, seconds)
         return self._rest
 

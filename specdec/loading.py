@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from specdec.errors import CheckpointError
+from specdec.errors import CheckpointError, SpecDecError
 
+# What a model may be loaded in by name; "auto" is the checkpoint's own.
+_DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -20,9 +22,12 @@ def load_model(
     """A causal LM in evaluation mode from a folder, or from the hub when path is an "owner/name" that is no local path.
 
     kwargs: for transformers, as `local_files_only`, `revision`, `cache_dir`. Raises CheckpointError for a missing
-    path, a folder that is no checkpoint, weights that are not safetensors, and code that would have to be trusted.
+    path, a folder that is no checkpoint, weights that are not safetensors, and code that would have to be trusted, and
+    SpecDecError for the name of a dtype that models are not loaded in.
     """
     _check_options(kwargs)
+    if isinstance(dtype, str) and dtype not in _DTYPES:
+        raise SpecDecError(f"dtype {dtype!r}: allowed are {', '.join(_DTYPES)}; leave it away for the checkpoint's own")
     check_checkpoint(path)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
@@ -41,6 +46,22 @@ def load_tokenizer(path: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase |
     except (OSError, ValueError, KeyError):
         return None
     return tokenizer
+
+
+def need_tokenizer(path: str | Path, option: str = "--target") -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer. option: what named the checkpoint, for the message. Raises CheckpointError where it has none."""
+    tokenizer = load_tokenizer(path)
+    if tokenizer is None:
+        raise no_tokenizer(path, option)
+    return tokenizer
+
+
+def no_tokenizer(path: str | Path, option: str = "--target") -> CheckpointError:
+    """What a command raises where text has to become tokens and the checkpoint has no tokenizer."""
+    return CheckpointError(
+        f"{option} {path}: transformers finds no tokenizer there, and texts need the target's own; "
+        "save it there with its save_pretrained, or name a checkpoint that has it"
+    )
 
 
 def check_checkpoint(path: str | Path) -> None:

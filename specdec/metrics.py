@@ -141,7 +141,7 @@ def _expected(part: Sequence[tuple[RoundStats, Forecast]]) -> float:
 
 def _realised(part: Sequence[RoundStats]) -> float:
     tokens = sum(len(stats.requests) + sum(stats.accepted) for stats in part)
-    return tokens / sum(stats.draft_s + stats.target_s + stats.verify_s + stats.other_s for stats in part)
+    return tokens / sum(stats.seconds for stats in part)
 
 
 @dataclass(slots=True)

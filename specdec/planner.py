@@ -60,3 +60,8 @@ class FixedPlanner:
 
     def observe(self, stats: RoundStats) -> None:
         """Nothing to learn."""
+
+
+def planner_of(nodes: int | None) -> FixedPlanner | None:
+    """What a command's --nodes asks for: so many drafted nodes each round, on one path or on several; None for no number."""
+    return None if nodes is None else FixedPlanner(nodes=nodes, depth=max(1, nodes), width=2)

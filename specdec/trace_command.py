@@ -13,7 +13,8 @@ from rich.console import Console
 from specdec.bundled import BUNDLED, checkpoint
 from specdec.errors import InvalidRequestError
 from specdec.generator import SpeculativeGenerator
-from specdec.planner import FixedPlanner
+from specdec.loading import no_tokenizer
+from specdec.planner import planner_of
 from specdec.trace import Trace, trace
 from specdec.trace_page import write_trace
 
@@ -36,12 +37,13 @@ class TraceOptions:
 
 
 def run_trace(prompt: str, options: TraceOptions, console: Console) -> None:
-    """Generate, write the page and say where it is. Raises InvalidRequestError for an empty prompt and a bad --output."""
+    """Generate, write the page and say where it is. Raises SpecDecError, as for an empty prompt and a bad --output."""
     if not options.output.parent.is_dir() or options.output.is_dir():
         raise InvalidRequestError(f"--output {options.output}: give a file in a folder that exists, such as trace.html")
     generator = _generator(options)
     tokenizer = generator.tokenizer
-    assert tokenizer is not None, "from_pretrained loads the tokenizer"
+    if tokenizer is None:
+        raise no_tokenizer(options.target or BUNDLED)
     tokens = tokenizer(prompt)["input_ids"]
     if not tokens:
         raise InvalidRequestError("the prompt has no tokens; give some text")
@@ -57,15 +59,14 @@ def run_trace(prompt: str, options: TraceOptions, console: Console) -> None:
     found = call(options.max_new_tokens)
     write_trace(found, decode, options.output, about=_about(options))
     rounds = f"{len(found.rounds)} rounds, {found.mean_acceptance_length:.2f} a round"
-    console.print(f"{len(found.tokens)} tokens in {rounds}; wrote {options.output}", highlight=False, soft_wrap=True)
+    console.print(f"{len(found.tokens)} tokens in {rounds}; wrote {options.output}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _generator(options: TraceOptions) -> SpeculativeGenerator:
     target = checkpoint(options.target or BUNDLED, "target")
     found = [checkpoint(name, "draft") for name in options.drafters or _default(options) if name != "none"]
-    planner = None if options.nodes is None else FixedPlanner(nodes=options.nodes, depth=max(1, options.nodes), width=2)
     drafter: Any = found if len(found) > 1 else next(iter(found), None)
-    return SpeculativeGenerator.from_pretrained(target, drafter, verifier=options.verifier, planner=planner)
+    return SpeculativeGenerator.from_pretrained(target, drafter, verifier=options.verifier, planner=planner_of(options.nodes))
 
 
 def _about(options: TraceOptions) -> str:

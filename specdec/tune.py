@@ -165,9 +165,8 @@ class RecordingPlanner:
         nodes = sum(stats.drafted)
         if cell.nodes and not nodes:
             return  # Looking and finding nothing is neither plain decoding nor a draft.
-        target_s = stats.target_s + stats.verify_s + stats.other_s
         depth = max(stats.depth) if cell.nodes else 0
-        self.samples.append(Sample(cell.batch, nodes, depth, target_s, stats.draft_s, tokens))
+        self.samples.append(Sample(cell.batch, nodes, depth, stats.undrafted_s, stats.draft_s, tokens))
 
 
 def _levels(stats: RoundStats) -> Iterable[Sequence[tuple[int, int]]]:

@@ -14,15 +14,16 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from specdec.bench.workloads import json_lines
 from specdec.bundled import BUNDLED, checkpoint
 from specdec.drafters.base import Drafter
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.drafters.medusa import MedusaDrafter
 from specdec.drafters.pard import PardDrafter
 from specdec.drafters.registry import FACTORIES, load_drafter, make_drafter
-from specdec.errors import CheckpointError, SpecDecError
+from specdec.errors import SpecDecError
 from specdec.generator import SpeculativeGenerator
-from specdec.loading import load_model, load_tokenizer
+from specdec.loading import load_model, need_tokenizer
 from specdec.profile import Profile, default_path, read_profile, write_profile
 from specdec.trees.plans import Plan, positional, sequoia_tree
 from specdec.tune import recommend, tune
@@ -56,10 +57,7 @@ def run_tune(options: TuneOptions, console: Console) -> Profile:
     target = load_model(path)
     drafter = _drafter(options, target)
     generator = SpeculativeGenerator(target, drafter)
-    tokenizer = load_tokenizer(path)
-    if tokenizer is None:
-        raise CheckpointError(f"--target {path}: transformers finds no tokenizer there, and the prompts need one")
-    prompts = _prompts(options.prompts, tokenizer, generator.engine.runner.max_positions)
+    prompts = _prompts(options.prompts, need_tokenizer(path), generator.engine.runner.max_positions)
     out = options.out or default_path(target, drafter)
     before = read_profile(out) if options.resume and out.exists() else None
     profile = tune(
@@ -145,15 +143,10 @@ def read_prompts(path: Path | None) -> Iterator[Any]:
         text = (path or files("specdec.bench").joinpath("prompts.jsonl")).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SpecDecError(f"--prompts {path}: cannot be read: {error}; give a text file or a .jsonl file") from error
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if path is not None and path.suffix != ".jsonl":
-        yield from (line for _, line in lines)
+        yield from (line for line in text.split("\n") if line.strip())
         return
-    for number, line in lines:
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise SpecDecError(f"{path}, line {number}: not JSON ({error}); mend the line or remove it") from error
+    for number, entry in json_lines(text, str(path)):
         yield _prompt_of(entry, f"{path}, line {number}")
 
 

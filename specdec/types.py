@@ -176,7 +176,8 @@ class RoundStats:
     slots: of each request's drafted tokens, where the budget asked for them.
 
     Times in seconds. draft_s: proposing, the draft model's forwards included.  forward_s: inside the models' forwards, target and
-    draft.  cold_draft, cold_target: a size ran for the first time or was captured, so the time says nothing of later rounds.
+    draft.  cold_draft, cold_target: a prompt was taken in, or a size ran for the first time or was captured,
+    so the time says nothing of later rounds.
     """
 
     requests: tuple[int, ...]
@@ -196,6 +197,16 @@ class RoundStats:
     slots: tuple[tuple[Slot, ...], ...] | None = None
     cold_draft: bool = False
     cold_target: bool = False
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole round."""
+        return self.draft_s + self.undrafted_s
+
+    @property
+    def undrafted_s(self) -> float:
+        """Seconds of the round without its drafting."""
+        return self.target_s + self.verify_s + self.other_s
 
     @property
     def levels(self) -> tuple[tuple[tuple[int, int], ...], ...] | None:

@@ -23,6 +23,11 @@ def budget_of(requests: tuple[int, ...], nodes: int = 6, depth: int = 3) -> Budg
     return Budget(requests, (nodes,) * len(requests), (depth,) * len(requests), (2,) * len(requests))
 
 
+def chain_budget(requests: tuple[int, ...], nodes: int) -> Budget:
+    """Chains of so many tokens for every request."""
+    return Budget(requests, (nodes,) * len(requests), (nodes,) * len(requests), (1,) * len(requests))
+
+
 def commit(drafter: Any, texts: list[list[int]], requests: tuple[int, ...], tokens: list[list[int]]) -> None:
     """Add tokens to the texts, and tell the drafter."""
     for request, new in zip(requests, tokens, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import product
 
 import torch
@@ -242,6 +243,26 @@ def draw_tree(
             tokens[b, n], parents[b, n], laws[b, n] = token, parent, q(texts[-1])
     law = Law.WITHOUT_REPLACEMENT if without else Law.INDEPENDENT
     return Draft(TokenTree(tokens, parents, tuple(map(len, shapes))), law, laws)
+
+
+def drawing(
+    q: Table, shapes: Sequence[Sequence[int]], without: bool = False, *, chain: bool = False, told: Law | None = None
+) -> Draw:
+    """Draws as `draw_tree` does. chain: the trees are promised to be chains.  told: what the draft says of its draws instead."""
+
+    def draw(texts: list[tuple[int, ...]], replays: Replays) -> Draft:
+        draft = draw_tree(q, texts, shapes, replays, without=without)
+        return replace(draft, tree=replace(draft.tree, is_chain=chain), law=draft.law if told is None else told)
+
+    return draw
+
+
+def law_error(verify: Verify, draw: Draw, p: Table, requests: int, rounds: int, length: int) -> float:
+    """How far the joint law of the requests' first `length` tokens is from the target's. Request b's text begins with b."""
+    contexts = tuple((b,) for b in range(requests))
+    ours = law_of_rounds(verify, draw, p, contexts, rounds, length + 1)
+    assert abs(sum(ours.values()) - 1) < 1e-12
+    return total_variation(ours, joint([continue_law(p, context, length + 1) for context in contexts]))
 
 
 def extend(contexts: list[tuple[int, ...]], tree: TokenTree, verdict: Verdict) -> list[tuple[int, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from specdec.drafters.byte_alignment import ByteVocabulary
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 PHRASE = "The quick brown fox jumps over my lazy dog, while 4 big wizards vex 春 and naïve 😀 zebras; "
@@ -25,8 +28,9 @@ TEXTS = {
 _CORPUS = [PHRASE, *TEXTS.values(), "def g(y):\n    return y + 1\n", "the cat sat on the mat while the dog jumps"] * 4
 
 
-def tokenizer_of(kind: str) -> PreTrainedTokenizerBase:
-    """kind: "byte-level", "bytes" (no merges), "byte-fallback", "unigram", "wordpiece"."""
+@cache
+def tokenizer_of(kind: str) -> Any:
+    """Made once; leave it as it is. kind: "byte-level", "bytes" (no merges), "byte-fallback", "unigram", "wordpiece"."""
     made = {
         "byte-level": lambda: _byte_level(420),
         "bytes": lambda: _byte_level(0),
@@ -35,6 +39,12 @@ def tokenizer_of(kind: str) -> PreTrainedTokenizerBase:
         "wordpiece": _wordpiece,
     }[kind]()
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@cache
+def vocabulary_of(kind: str) -> ByteVocabulary:
+    """The tokenizer's vocabulary as bytes."""
+    return ByteVocabulary(tokenizer_of(kind), "target")
 
 
 def permuted(tokenizer: Any, seed: int = 5) -> tuple[PreTrainedTokenizerBase, torch.Tensor]:

@@ -38,8 +38,10 @@ REFUSED = {
     "phimoe": "only the mask knows",
     "whisper": "counts the pads",
 }
-_KNOWN = listed(PAGE.read_text(encoding="utf-8")) if PAGE.exists() else {}
-_SAME_VERSION = f"transformers {transformers.__version__}," in PAGE.read_text(encoding="utf-8") if PAGE.exists() else False
+_PAGE = PAGE.read_text(encoding="utf-8")
+_KNOWN = listed(_PAGE)
+# What the page says holds for the version that it was made with.
+_SAME_VERSION = f"transformers {transformers.__version__}," in _PAGE
 
 
 @pytest.mark.parametrize("family", WORKS)
@@ -68,11 +70,14 @@ def test_no_family_is_wrong(family: str) -> None:
         assert walked == _KNOWN[family]
 
 
+def test_the_page_says_of_no_family_that_it_is_wrong() -> None:
+    assert {walked.verdict for walked in _KNOWN.values()} == {"works", "refused", "untried"}
+
+
+@pytest.mark.skipif(not _SAME_VERSION, reason="docs/families.md was made with another version of transformers")
 def test_the_page_lists_every_family() -> None:
-    if _SAME_VERSION:
-        assert sorted(_KNOWN) == every_family()
-        assert {f for f, w in _KNOWN.items() if w.verdict == "untried"} == set(UNTRIED) & set(every_family())
-        assert not [f for f, w in _KNOWN.items() if w.verdict == "wrong"]
+    assert sorted(_KNOWN) == every_family()
+    assert {f for f, w in _KNOWN.items() if w.verdict == "untried"} == set(UNTRIED) & set(every_family())
 
 
 @pytest.mark.parametrize("family", ["phimoe", "bart", "llama4_text", "whisper"])
@@ -81,6 +86,18 @@ def test_the_walk_tells_a_wrong_family(family: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("specdec.examine.refuse", lambda name, why: None)
     model = family_model(family)
     assert any(compare(model, lengths) is not None for lengths in ((9,), (12, 3)))
+
+
+def test_the_walk_tells_a_wrong_token_behind_right_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = SpeculativeGenerator.generate
+
+    def wrong(self: SpeculativeGenerator, **options: Any) -> Any:
+        out = generate(self, **options)
+        out.sequences[0, -3] = 3 if out.sequences[0, -3] != 3 else 4
+        return out
+
+    monkeypatch.setattr(SpeculativeGenerator, "generate", wrong)
+    assert "another token" in (compare(family_model("llama"), (9,)) or "")
 
 
 def test_a_model_that_hides_a_difference_from_attention_is_refused() -> None:
@@ -112,7 +129,7 @@ def test_a_sink_takes_weight_in_every_backend(backend: Any) -> None:
         runner.begin(1, 32)
         runner.prefill([text])
         found.append(runner.extend([tokens])[1])
-        torch.testing.assert_close(found[-1], expected, atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(found[-1], expected, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(found[0], found[1], atol=0.1)
 
 

@@ -1,20 +1,26 @@
-"""The benchmark's own parts: intervals, medians, and what counts as a rounding matter."""
+"""The benchmark's own parts: intervals, medians, what counts as a rounding matter, and what a machine is called."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from specdec.bench import speed
+from specdec.bench import cross_vocabulary, machine, speed
+from specdec.bench.gpu_store import describe
 from specdec.bench.margin import explain, first_difference
+from specdec.bench.suite import this_machine
 from specdec.bench.timing import Sample, medians, ratio_interval, rotation
 from specdec.bundled import bundled_path
 from specdec.drafters.draft_model import DraftModelDrafter
+from specdec.errors import SpecDecError
 from specdec.generator import SpeculativeGenerator
 from specdec.planner import FixedPlanner
 from tests.support_models import prompts, tiny_model
@@ -83,10 +89,11 @@ def test_bf16_differences_lie_within_the_margin(drafter: str) -> None:
             assert found is None or found.within, f"differs at {found.place}: gap {found.gap}, noise {found.noise}"
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_reports_and_resumes(tmp_path: Path) -> None:
     out = tmp_path / "speed.json"
     arguments = ["--limit", "1", "--max-new-tokens", "4", "--repeats", "1", "--plans", "1", "--output", str(out)]
-    app = speed.typer.Typer()
+    app = typer.Typer()
     app.command()(speed.main)
     first = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert first.exit_code == 0
@@ -100,5 +107,77 @@ def test_the_benchmark_runs_reports_and_resumes(tmp_path: Path) -> None:
     assert {speed.HF, speed.PLAIN, speed.FREE, "draft model 1"} <= methods
     samples = out.with_suffix(".samples.jsonl")
     kept = samples.read_text()
-    CliRunner().invoke(app, arguments, catch_exceptions=False)
+    again = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert again.exit_code == 0
     assert samples.read_text() == kept
+
+
+def test_every_report_says_the_same_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECDEC_COMMIT", "abc1234")
+    known = machine.machine()
+    assert list(known) == ["cpu", "threads", "cores", "torch", "transformers", "commit"]
+    assert json.loads(json.dumps(known)) == known
+    suite, point = this_machine("typed"), describe(torch.device("cpu"))
+    assert {key: getattr(suite, key) for key in known} == known
+    assert [point[key] for key in ("device", "torch", "transformers", "commit")] == [
+        known[key] for key in ("cpu", "torch", "transformers", "commit")
+    ]
+
+
+def test_a_broken_line_of_prompts_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"text": "fine"}\n\n{"text": \n')
+    with pytest.raises(SpecDecError, match=r"mine\.jsonl, line 3: not JSON"):
+        speed.load_prompts(path, lambda text: {"input_ids": [1]}, None, 9)
+
+
+class _Scripted:
+    """Says these tokens for each prompt, in these seconds, one after the other; the first is of the warm-up."""
+
+    def __init__(self, texts: list[list[int]], seconds: list[float]) -> None:
+        self._texts, self._seconds, self._calls = texts, seconds, 0
+        own = SimpleNamespace(drafted=4, accepted=2, rounds=2, draft_s=0.25)
+        self.stats = SimpleNamespace(rounds=2, requests=[own])
+
+    def generate(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """The output and the seconds."""
+        self._calls += 1
+        turn = (self._calls - 1) % len(self._seconds)
+        text = self._texts[(self._calls - 1) // len(self._seconds)]
+        return torch.cat((input_ids, torch.tensor([text])), 1), self._seconds[turn]
+
+
+def test_of_each_way_the_median_run_counts_and_other_texts_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_vocabulary, "timed", lambda run: run())
+    asked = [{"input_ids": torch.tensor([[1, 2]])}, {"input_ids": torch.tensor([[3]])}]
+    ways: dict[str, Any] = {
+        "plain": _Scripted([[5, 6, 7, 8], [5, 6]], [99.0, 1.0, 50.0, 2.0]),
+        "string": _Scripted([[5, 6, 7, 8], [5, 9]], [99.0, 0.1, 1.0, 30.0]),
+    }
+    plain, other = cross_vocabulary.rows(cross_vocabulary.measure(ways, asked, {}, 3), list(ways), 0.0)
+    assert (plain.by, other.by) == ("plain", "string")
+    assert (plain.same, other.same, other.prompts) == (2, 1, 2)
+    assert plain.speedup is None
+    assert other.speedup == pytest.approx((2.0, 2.0, 2.0))
+    assert (plain.tokens_per_second, other.tokens_per_second) == (6 / 4.0, 6 / 2.0)
+    assert (other.acceptance, other.tokens_per_round, other.drafting) == (0.5, 6 / 4, 0.25)
+
+
+@pytest.mark.slow
+def test_every_way_of_a_pair_is_measured_and_its_text_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECDEC_COMMIT", "abc1234")
+    texts, out = tmp_path / "prompts.txt", tmp_path / "ways.json"
+    texts.write_text("Once upon a time\n\nTom had a ball\n")
+    app = typer.Typer()
+    app.command()(cross_vocabulary.main)
+    pair = [str(bundled_path("target")), str(bundled_path("draft"))]
+    more = ["--new", "8", "--turns", "1", "--prompts", str(texts), "--json", str(out)]
+    done = CliRunner().invoke(app, [*pair, *more], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    report = json.loads(out.read_text())
+    assert report["machine"] == machine.machine()
+    assert str(bundled_path("target").parent) not in out.read_text()
+    assert {row["temperature"] for row in report["rows"]} == {0.0, 1.0}
+    assert {"plain", "intersection", "string"} <= {row["by"] for row in report["rows"]}
+    assert all(row["same"] == row["prompts"] == 2 for row in report["rows"])
+    assert all(row["tokens_per_round"] > 1 for row in report["rows"] if row["by"] == "intersection")

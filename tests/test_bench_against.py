@@ -5,18 +5,25 @@ from __future__ import annotations
 import json
 import math
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import typer
 from rich.console import Console
+from typer.testing import CliRunner
 
-from specdec.bench import aa, against
+from specdec import bench_command
+from specdec.bench import aa, against, machine
 from specdec.bench.against import Judged, Pair, Plan, Side, checkout, run_against, working_tree
 from specdec.bench.compare import whole
+from specdec.bench.gpu_store import describe
 from specdec.bench_command import AgainstOptions, compare_command
 from specdec.bundled import bundled_path
+from specdec.cli import app
 from specdec.errors import SpecDecError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,9 +117,10 @@ def test_a_piece_that_stalls_on_one_side_does_not_decide() -> None:
     assert against._judged("plain", pairs[:4], PLAN, gate, 0.02).verdict == "too few prompts"
 
 
-def _git(folder: Path, *arguments: str) -> None:
+def _git(folder: Path, *arguments: str) -> str:
     known = ("-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false")
-    subprocess.run(["git", "-C", str(folder), *known, *arguments], check=True, capture_output=True)
+    done = subprocess.run(["git", "-C", str(folder), *known, *arguments], check=True, capture_output=True, text=True)
+    return done.stdout.strip()
 
 
 @pytest.fixture
@@ -150,6 +158,23 @@ def test_the_working_tree_is_the_checkout_of_this_package(monkeypatch: pytest.Mo
     assert working_tree() == tmp_path
 
 
+def test_the_commit_is_of_the_packages_own_checkout_wherever_the_program_runs(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SPECDEC_COMMIT", raising=False)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(machine.specdec, "__file__", str(repository / "specdec" / "__init__.py"))
+    assert machine.commit() == f"{_git(repository, 'describe', '--always')}-dirty"
+    installed = repository / "packages" / "specdec" / "__init__.py"
+    installed.parent.mkdir(parents=True)
+    installed.touch()
+    monkeypatch.setattr(machine.specdec, "__file__", str(installed))
+    assert machine.commit() == "", "another repository's commit says nothing of an installed package"
+    assert describe(torch.device("cpu"))["commit"] == "unknown"
+    monkeypatch.setenv("SPECDEC_COMMIT", "abc1234")
+    assert machine.commit() == "abc1234"
+
+
 @pytest.mark.nightly
 def test_two_processes_load_two_checkouts_and_a_planted_slowdown_is_found(tmp_path: Path) -> None:
     """The other checkout's own code runs: it takes half as long again, and its package is another folder's."""
@@ -176,20 +201,23 @@ def test_a_checkout_that_cannot_run_is_an_error_that_says_why(tmp_path: Path) ->
 
 
 def test_verdicts_of_the_trial_are_kept_and_not_measured_again(
-    simulated: type[Simulated], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    simulated: type[Simulated], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(aa, "working_tree", lambda: ROOT)
     out = tmp_path / "aa.jsonl"
     asked = ["--out", str(out), "--seconds", "30", "--threads", "1", "--runs"]
-    aa.main([*asked, "1"])
+    trial = typer.Typer()
+    trial.command()(aa.main)
+    CliRunner().invoke(trial, [*asked, "1"], catch_exceptions=False)
     first = out.read_text().splitlines()
-    aa.main([*asked, "2"])
+    said = CliRunner().invoke(trial, [*asked, "2"], catch_exceptions=False).output
     every = out.read_text().splitlines()
     assert every[:3] == first
+    assert json.loads(first[0])["plan"]["target"] == bundled_path("target").name, "no folder of this machine"
     assert [(t["kind"], t["number"]) for t in map(json.loads, every[1:])] == [(k, n) for n in (0, 1) for k in ("same", "slowed")]
-    assert "same: 2 of 2 say 'no difference'" in capsys.readouterr().out.splitlines()[-1]
+    assert "same: 2 of 2 say 'no difference'" in said.splitlines()[-1]
     with pytest.raises(SpecDecError, match="of other options"):
-        aa.main([*asked, "2", "--slow", "0.1"])
+        CliRunner().invoke(trial, [*asked, "2", "--slow", "0.1"], catch_exceptions=False)
 
 
 def test_a_comparison_is_of_two_runs_or_against_a_commit() -> None:
@@ -198,3 +226,40 @@ def test_a_comparison_is_of_two_runs_or_against_a_commit() -> None:
     for before, after, asked in ((None, None, None), (ROOT, None, None), (ROOT, ROOT, commit), (ROOT, None, commit)):
         with pytest.raises(SpecDecError, match="give two runs to compare, or --against"):
             compare_command(before, after, asked, 0.02, console)
+
+
+def test_the_command_hands_on_what_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def run(before: Side, after: Side, plan: Plan, *, margin: float, advance: Any) -> tuple[Judged, ...]:
+        asked.update(sides=(before.name, after.name), plan=plan, margin=margin)
+        return (Judged("plain", 3, "slower", 2.0, 1.0),)
+
+    monkeypatch.setattr(bench_command, "working_tree", lambda: ROOT)
+    monkeypatch.setattr(bench_command, "checkout", lambda root, reference: nullcontext(root))
+    monkeypatch.setattr(bench_command, "run_against", run)
+    drafters = ("draft", "suffix", "models/other", "mine=medusa", "a=prompt-lookup", "b=models/other")
+    options = ["--seconds", "5", "--planner", "bass", "--dtype", "float32", "--threads", "2", "--margin", "0.1"]
+    options += [word for drafter in drafters for word in ("--drafter", drafter)]
+    done = CliRunner().invoke(app, ["bench", "compare", "--against", "HEAD", *options, "--fail-if-slower"], catch_exceptions=False)
+    assert done.exit_code == 1
+    assert "verdict: slower" in done.output
+    plan = asked["plan"]
+    assert (asked["sides"], asked["margin"]) == (("HEAD", "working tree"), 0.1)
+    assert (plan.target, plan.seconds, plan.planner, plan.dtype, plan.threads) == (PLAN.target, 5.0, "bass", "float32", 2)
+    assert plan.methods == {
+        "plain": None,
+        "draft model": "bundled:draft",
+        "suffix": "suffix",
+        "other": "models/other",
+        "mine": "bundled:medusa",
+        "a": "prompt-lookup",
+        "b": "models/other",
+    }
+
+
+@pytest.mark.parametrize("names", [("suffix", "suffix"), ("a=suffix", "a=draft"), ("plain=draft",)], ids=" ".join)
+def test_two_drafters_of_one_name_are_refused(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_command, "working_tree", lambda: ROOT)
+    with pytest.raises(SpecDecError, match="is taken; give another as NAME="):
+        compare_command(None, None, AgainstOptions("HEAD", drafters=names), 0.02, Console(quiet=True))

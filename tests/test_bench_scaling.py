@@ -7,10 +7,16 @@ import math
 from pathlib import Path
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
+from specdec.bench.records import read_results
 from specdec.bench.scaling import DraftOf, Fit, Point, charts, draft_of, fit, main, sentence
 from specdec.bundled import bundled_path
 from specdec.errors import SpecDecError
+
+APP = typer.Typer()
+APP.command()(main)
 
 
 def _grid(sizes: tuple[int, ...], tokens: tuple[float | None, ...], batches: tuple[int, ...] = (1,)) -> list[Point]:
@@ -77,17 +83,18 @@ def test_charts_have_a_line_for_each_group_and_its_fit_and_only_axes_that_vary()
 
 def test_drafts_are_named_with_their_training_tokens() -> None:
     assert draft_of("small=some/path@2.5e6") == DraftOf("small", "some/path", 2.5e6)
-    assert draft_of("small=bundled") == DraftOf("small", str(bundled_path("draft")), None)
+    assert draft_of("small=bundled") == DraftOf("small", "bundled", None)
     for wrong in ("path", "=path@1", "a=@5", "a=path@many", "a=path@-1", "a=path@nan", "a=path@inf"):
         with pytest.raises(SpecDecError, match="NAME=PATH@TOKENS"):
             draft_of(wrong)
 
 
 @pytest.mark.slow
-def test_a_study_is_measured_fitted_drawn_and_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_study_is_measured_fitted_drawn_and_gone_on_with(tmp_path: Path) -> None:
     asked = ["--out", str(tmp_path), "--draft", "one=bundled@1e6", "--draft", f"two={bundled_path('target')}@1e6"]
     more = ["--batch", "1", "--batch", "2", "--new", "6", "--repeats", "1", "--dtype", "float32"]
-    main([*asked, *more])
+    done = CliRunner().invoke(APP, [*asked, *more], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
     trials = (tmp_path / "trials.jsonl").read_text()
     study = json.loads((tmp_path / "scaling.json").read_text())
     assert [(p["draft"], p["batch"]) for p in study["points"]] == [(d, b) for b in (1, 2) for d in ("one", "two")]
@@ -98,7 +105,10 @@ def test_a_study_is_measured_fitted_drawn_and_gone_on_with(tmp_path: Path, capsy
     assert all(Fit(**f).axes == ["parameters", "batch"] for f in study["fits"])  # type: ignore[comparison-overlap]  # a list in JSON
     assert "<svg" in (tmp_path / "scaling.html").read_text()
     assert "R²" in (tmp_path / "scaling.md").read_text()
-    main([*asked, *more])
+    results = read_results(tmp_path / "results.json")
+    assert results.settings.target == "bundled"
+    assert [info.drafter for info in results.methods if info.name.startswith("one")] == ["bundled:draft"] * 2
+    CliRunner().invoke(APP, [*asked, *more], catch_exceptions=False)
     assert (tmp_path / "trials.jsonl").read_text() == trials
     with pytest.raises(SpecDecError, match="one name"):
-        main([*asked, "--draft", "one=bundled"])
+        CliRunner().invoke(APP, [*asked, "--draft", "one=bundled"], catch_exceptions=False)

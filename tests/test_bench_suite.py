@@ -280,8 +280,30 @@ def test_prompts_are_chosen_by_task_and_evenly(tmp_path: Path) -> None:
     assert [prompt.line for prompt in found.prompts] == [1, 3, 5]
     with pytest.raises(SpecDecError, match="tasks c"):
         load_prompts(Choice((path,), tasks=("c",)), Words(), None, 4)
-    with pytest.raises(SpecDecError, match="line 1"):
+    with pytest.raises(SpecDecError, match="line 1, has id; one of messages"):
         load_prompts(Choice((_file(tmp_path, {"id": 3}),)), Words(), None, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ('{"text": "fine"}\n\n{"text":\n', "line 3: not JSON"),
+        ('["text"]\n', "line 1, is a list; give one object a line"),
+        ("", "there are no prompts"),
+    ],
+    ids=["broken", "a list", "empty"],
+)
+def test_a_file_that_holds_no_prompts_is_an_error_that_names_the_line(tmp_path: Path, text: str, what: str) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text(text)
+    with pytest.raises(SpecDecError, match=what):
+        load_prompts(Choice((path,)), Words(), None, 4)
+
+
+def test_a_separator_inside_a_text_ends_no_line(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"text": "one\u2028two"}\n{"text": "three"}', encoding="utf-8")
+    assert [len(prompt.ids) for prompt in load_prompts(Choice((path,)), Words(), None, 4).prompts] == [2, 1]
 
 
 def test_items_hold_every_prompt_and_are_full() -> None:
@@ -298,10 +320,13 @@ def test_the_commands_measure_compare_advise_and_report(tmp_path: Path) -> None:
     for folder in (first, second):
         done = CliRunner().invoke(app, ["bench", "run", *asked, str(folder)], catch_exceptions=False)
         assert done.exit_code == 0, done.output
-        assert {"results.json", "report.md", "trials.jsonl"} <= {path.name for path in folder.iterdir()}
+        assert {"results.json", "report.md", "report.html", "trials.jsonl"} == {path.name for path in folder.iterdir()}
     said = CliRunner().invoke(app, ["bench", "compare", str(first), str(second / "results.json")], catch_exceptions=False)
+    assert said.exit_code == 0
     assert "verdict:" in said.output
-    assert "SpeculativeGenerator(target" in CliRunner().invoke(app, ["bench", "advise", str(first)], catch_exceptions=False).output
+    advised = CliRunner().invoke(app, ["bench", "advise", str(first)], catch_exceptions=False)
+    assert advised.exit_code == 0
+    assert "SpeculativeGenerator(target" in advised.output
     (first / "report.md").unlink()
     CliRunner().invoke(app, ["bench", "report", str(first)], catch_exceptions=False)
     assert "| suffix" in (first / "report.md").read_text()

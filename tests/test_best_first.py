@@ -39,7 +39,9 @@ class _Source:
         return sum(float(self(path[:k]).log_softmax(-1)[token]) for k, token in enumerate(path))
 
 
-def _grown(sources: list[_Source], width: int, nodes: tuple[int, ...], depth: tuple[int, ...], frontier: int) -> TokenTree:
+def _grown(
+    sources: list[_Source], width: tuple[int, ...], nodes: tuple[int, ...], depth: tuple[int, ...], frontier: int
+) -> TokenTree:
     """The tree of each source, its logits asked for path by path."""
     growth = BestFirst(torch.stack([source(()) for source in sources]), width, nodes, depth)
     expanded: list[list[tuple[int, ...]]] = [[] for _ in sources]
@@ -73,22 +75,42 @@ def _brute_force(source: _Source, width: int, nodes: int, depth: int) -> list[tu
 @pytest.mark.parametrize(("width", "nodes"), [(1, 3), (2, 5), (3, 12), (V, 40), (2, 500)], ids=str)
 def test_they_hold_the_most_likely_nodes(width: int, nodes: int, frontier: int) -> None:
     sources, depth = [_Source(7), _Source(8), _Source(9)], (DEPTH, 2, 3)
-    tree = _grown(sources, width, (nodes, nodes, 2), depth, frontier)
+    tree = _grown(sources, (width,) * 3, (nodes, nodes, 2), depth, frontier)
     for b, source in enumerate(sources):
         own = _paths(tree, b)
         assert len(set(own)) == len(own), "siblings repeat a token"
         assert set(own) == set(_brute_force(source, width, 2 if b == 2 else nodes, depth[b]))
 
 
+def test_each_request_has_its_own_width() -> None:
+    sources, widths = [_Source(7), _Source(8), _Source(9)], (1, 3, V + 2)
+    tree = _grown(sources, widths, (9, 9, 9), (DEPTH, 2, 3), 3)
+    for b, (source, width, depth) in enumerate(zip(sources, widths, (DEPTH, 2, 3), strict=True)):
+        assert set(_paths(tree, b)) == set(_brute_force(source, min(width, V), 9, depth))
+
+
+def test_where_the_draft_gives_nan_no_node_comes_of_it() -> None:
+    growth = BestFirst(torch.tensor([[3.0, 2.0, 1.0, 0.0], [float("nan")] * 4]), (2, 2), (4, 4), (3, 3))
+    first = growth.choose(1)
+    assert first is not None
+    growth.expand(torch.full((2, 4), float("nan")))
+    while growth.choose(1) is not None:
+        growth.expand(torch.tensor([[0.0, 1.0, 2.0, 3.0]]).expand(2, -1))
+    tree = growth.tree(torch.zeros(2, dtype=torch.long))
+    assert tree.num_nodes[1] == 1
+    assert set(_paths(tree, 0)) > {(0,), (1,)}
+    assert all(path[0] == 1 for path in _paths(tree, 0) if len(path) > 1)
+
+
 def test_a_request_without_a_budget_gets_no_node() -> None:
-    tree = _grown([_Source(1), _Source(2), _Source(3)], 2, (4, 0, 4), (3, 3, 0), 4)
+    tree = _grown([_Source(1), _Source(2), _Source(3)], (2, 2, 2), (4, 0, 4), (3, 3, 0), 4)
     assert tree.num_nodes == (5, 1, 1)
 
 
 def test_no_more_is_expanded_than_may_matter() -> None:
     sure = torch.full((1, V), -40.0)
     sure[0, 1] = 40.0
-    growth = BestFirst(sure, 2, (2,), (9,))
+    growth = BestFirst(sure, (2,), (2,), (9,))
     chosen = growth.choose(8)
     assert chosen is not None
     # Two candidates fill the tree; only the likely one's child can still replace the other.

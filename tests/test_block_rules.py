@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from itertools import product
 
@@ -24,15 +23,11 @@ from tests.support_enumeration import (
     Draw,
     Replays,
     Table,
-    Texts,
-    Verify,
-    continue_law,
     draw_tree,
+    drawing,
     expected_acceptance,
-    joint,
-    law_of_rounds,
+    law_error,
     laws_of_round,
-    total_variation,
 )
 
 EXACT = 1e-12
@@ -41,36 +36,23 @@ KINDS = ["random", "zeros", "one-hot"]
 
 def _chain(q: Table, *drafted: int, promised: bool = True) -> Draw:
     """Chains of so many drafted tokens for each request; not promised: as trees that happen to be chains."""
-    shapes = [list(range(-1, count)) for count in drafted]
-
-    def draw(texts: list[tuple[int, ...]], replays: Replays) -> Draft:
-        draft = draw_tree(q, texts, shapes, replays)
-        return replace(draft, tree=replace(draft.tree, is_chain=promised))
-
-    return draw
-
-
-def _error(verify: Verify, draw: Draw, p: Table, requests: int, rounds: int, length: int) -> float:
-    contexts: Texts = tuple((b,) for b in range(requests))
-    ours = law_of_rounds(verify, draw, p, contexts, rounds, length + 1)
-    assert abs(sum(ours.values()) - 1) < EXACT
-    return total_variation(ours, joint([continue_law(p, context, length + 1) for context in contexts]))
+    return drawing(q, [range(-1, count) for count in drafted], chain=promised)
 
 
 @pytest.mark.parametrize("kind_q", KINDS)
 @pytest.mark.parametrize("kind_p", KINDS)
 def test_a_block_of_two_over_two_rounds(kind_p: str, kind_q: str) -> None:
-    assert _error(Block().verify, _chain(Table(2, 2, kind_q), 2), Table(2, 1, kind_p), 1, 2, 5) < EXACT
+    assert law_error(Block().verify, _chain(Table(2, 2, kind_q), 2), Table(2, 1, kind_p), 1, 2, 5) < EXACT
 
 
 @pytest.mark.parametrize("drafted", [1, 3])
 def test_other_lengths(drafted: int) -> None:
-    assert _error(Block().verify, _chain(Table(2, 6), drafted), Table(2, 5), 1, 1, drafted + 1) < EXACT
+    assert law_error(Block().verify, _chain(Table(2, 6), drafted), Table(2, 5), 1, 1, drafted + 1) < EXACT
 
 
 @pytest.mark.parametrize("drafted", [(1, 1), (2, 0)], ids=str)
 def test_two_requests_of_different_lengths_over_two_rounds(drafted: tuple[int, int]) -> None:
-    assert _error(Block().verify, _chain(Table(2, 4), *drafted), Table(2, 3), 2, 2, 3) < EXACT
+    assert law_error(Block().verify, _chain(Table(2, 4), *drafted), Table(2, 3), 2, 2, 3) < EXACT
 
 
 def test_a_draft_equal_to_the_target_is_accepted_whole() -> None:
@@ -86,7 +68,7 @@ def _deterministic(texts: list[tuple[int, ...]], replays: Replays) -> Draft:
 
 def test_a_deterministic_chain_is_one_hot_and_keeps_what_token_rejection_keeps() -> None:
     p = Table(3, 9)
-    assert _error(Block().verify, _deterministic, p, 1, 1, 4) < EXACT
+    assert law_error(Block().verify, _deterministic, p, 1, 1, 4) < EXACT
     token = expected_acceptance(TokenRejection().verify, _deterministic, p)
     assert abs(expected_acceptance(Block().verify, _deterministic, p) - token) < EXACT
 
@@ -145,7 +127,7 @@ def test_an_early_break_is_seen() -> None:
     def verify(draft: Draft, scores: Scores, replays: Replays) -> Verdict:
         return Block().verify(draft, scores, _FirstRefusalEnds(replays))
 
-    assert _error(verify, _chain(Table(3, 2), 2), Table(3, 1), 1, 1, 3) > 1e-2
+    assert law_error(verify, _chain(Table(3, 2), 2), Table(3, 1), 1, 1, 3) > 1e-2
 
 
 def test_a_soft_q_for_the_likeliest_token_is_seen() -> None:
@@ -157,7 +139,7 @@ def test_a_soft_q_for_the_likeliest_token_is_seen() -> None:
         draft.tree.tokens[:, 1] = draft.q[:, 0].argmax(1)
         return draft
 
-    assert _error(Block().verify, draw, Table(3, 1), 1, 1, 2) > 1e-2
+    assert law_error(Block().verify, draw, Table(3, 1), 1, 1, 2) > 1e-2
 
 
 def test_several_paths_keep_more_than_one() -> None:
@@ -184,7 +166,7 @@ def test_a_row_of_nan_shows_only_where_it_is_reached() -> None:
 def _lenient(lenience: float) -> tuple[float, float]:
     """The error and the acceptance."""
     p, draw, rule = Table(3, 1), _chain(Table(3, 2), 2), LenientLossy(lenience=lenience)
-    return _error(rule.verify, draw, p, 1, 1, 3), expected_acceptance(rule.verify, draw, p)
+    return law_error(rule.verify, draw, p, 1, 1, 3), expected_acceptance(rule.verify, draw, p)
 
 
 def test_lenience_is_lossy_by_degrees_and_lossless_at_one() -> None:

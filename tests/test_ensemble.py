@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
@@ -97,6 +98,14 @@ def test_nodes_are_shared_out_and_what_is_left_goes_on() -> None:
     assert asked((9, 9), None) == [(3, 3), (4, 6), (5, 9)]
     assert asked((1, 0), None) == [(1, 0), (0, 0), (0, 0)]
     assert asked((8, 4), [1, 1, 2]) == [(2, 1), (2, 2), (4, 4)]
+
+
+def test_members_are_not_asked_for_values_that_a_merged_tree_has_not() -> None:
+    member = _Said("a", ([1], [0]))
+    ensemble = Ensemble([member])
+    ensemble.begin(((50,),), setup_of())
+    assert ensemble.propose(replace(_budget((4,)), slots=True)).slots is None
+    assert not member.asked[0].slots
 
 
 def test_members_draw_nothing() -> None:

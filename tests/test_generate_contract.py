@@ -31,10 +31,10 @@ from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.errors import CheckpointError, InvalidRequestError, SpecDecError, UnsupportedModelError
 from specdec.generator import SpeculativeGenerator, SpeculativeOutput
 from specdec.planner import FixedPlanner
-from tests.support_models import VOCABULARY, left_padded, noised, prompts, tiny_model
+from tests.support_generate import ENDS, INPUTS, Counting, generator_of
+from tests.support_models import VOCABULARY, tiny_model
 
 NEW = 24
-INPUTS = left_padded(prompts((9, 3, 14, 1)))
 
 
 class _ByRow(LogitsProcessor):
@@ -47,20 +47,10 @@ class _ByRow(LogitsProcessor):
         return scores
 
 
-class _Stateful(LogitsProcessor):
-    """Each call forbids the token of its number."""
+class _Stateful(Counting):
+    """Says so itself."""
 
     stateful = True
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores = scores.clone()
-        scores[:, self.calls * 7 % VOCABULARY] = -torch.inf
-        scores[:, (input_ids[:, -1] + self.calls) % VOCABULARY] += 3.0
-        self.calls += 1
-        return scores
 
 
 class _LongEnough(StoppingCriteria):
@@ -88,7 +78,7 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def generator(model: Any) -> SpeculativeGenerator:
-    return SpeculativeGenerator(model, noised(model, 0.1), planner=2)
+    return generator_of(model)
 
 
 def _both(generator: SpeculativeGenerator, **options: Any) -> tuple[Any, Any]:
@@ -106,7 +96,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sequence bias": {"sequence_bias": [[[t], 3.0] for t in range(40, 50)]},
     "forced end": {"forced_eos_token_id": 2, "eos_token_id": 2},
     "suppressed": {"suppress_tokens": list(range(3, 30)), "begin_suppress_tokens": [40, 41]},
-    "end of sequence list": {"eos_token_id": [5, 8, 13, 21, 34, 55]},
+    "end of sequence list": {"eos_token_id": ENDS},
     "prefix": {"prefix_allowed_tokens_fn": lambda b, text: _FREE[b::4]},
     "decay": {"exponential_decay_length_penalty": (4, 1.3), "eos_token_id": [5, 8, 13]},
     "encoder penalty": {"encoder_repetition_penalty": 1.4},
@@ -127,9 +117,24 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+# What leaves the text as it is; every other case has to change it, or it would show nothing.
+_NEUTRAL = {"plain", "static cache", "no cache"}
+# Their processors keep state, so that they are decoded step by step.
+_LOCK_STEP = {"guidance", "guidance from", "text watermark"}
+
+
+@pytest.fixture(scope="module")
+def plain(model: Any) -> Tensor:
+    text: Tensor = model.generate(**INPUTS, max_new_tokens=NEW, do_sample=False)
+    return text
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_sequences_equal_generate(generator: SpeculativeGenerator, case: str) -> None:
+def test_sequences_equal_generate(generator: SpeculativeGenerator, plain: Tensor, case: str) -> None:
     theirs, mine = _both(generator, **CASES[case])
+    assert torch.equal(theirs, plain) == (case in _NEUTRAL)
+    assert generator.stats is not None
+    assert (generator.stats.accepted > 0) == (case not in _LOCK_STEP)
     assert torch.equal(mine, theirs)
     assert mine.dtype == theirs.dtype
     assert mine.device == theirs.device
@@ -171,10 +176,10 @@ def test_scores_and_logits_equal_generate(generator: SpeculativeGenerator) -> No
 
 
 def test_scores_of_finished_requests_are_zeros(generator: SpeculativeGenerator) -> None:
-    ends = {"eos_token_id": [5, 8, 13, 21, 34, 55], "return_dict_in_generate": True, "output_scores": True}
+    ends: dict[str, Any] = {"eos_token_id": ENDS, "return_dict_in_generate": True, "output_scores": True}
     theirs, mine = _both(generator, **ends)
     new = mine.sequences[:, INPUTS["input_ids"].shape[1] :]
-    is_end = torch.isin(new, torch.tensor(ends["eos_token_id"])).long()
+    is_end = torch.isin(new, torch.tensor(ENDS)).long()
     ended = is_end.cumsum(1) - is_end > 0
     assert ended.any()
     assert len(mine.scores) == len(theirs.scores) == new.shape[1]
@@ -200,7 +205,7 @@ def test_a_stateful_processor_decodes_in_lock_step_with_one_warning(generator: S
 
 def test_seeds(model: Any) -> None:
     options = {**INPUTS, "max_new_tokens": NEW, "do_sample": True}
-    generator = SpeculativeGenerator(model, noised(model, 0.1), planner=2)
+    generator = generator_of(model)
     assert torch.equal(generator.generate(**options, seed=3), generator.generate(**options, seed=3))
     assert not torch.equal(generator.generate(**options, seed=3), generator.generate(**options, seed=4))
     assert torch.equal(

@@ -215,6 +215,7 @@ def _same_text(request: Request, mine: Any, theirs: Any, begin: int) -> bool:
     if torch.equal(mine.sequences, theirs.sequences):
         return True
     width = min(mine.sequences.shape[1], theirs.sequences.shape[1])
+    ties = 0
     for row in range(len(theirs.sequences)):
         differs = (mine.sequences[row, :width] != theirs.sequences[row, :width]).nonzero()
         if len(differs):
@@ -222,6 +223,8 @@ def _same_text(request: Request, mine: Any, theirs: Any, begin: int) -> bool:
             top = theirs.scores[step][row].topk(2).values
             gap = float((top[0] - top[1]) / theirs.logits[step][row].std())
             assert gap < TIE, f"texts differ at step {step}, row {row} of {request}: gap {gap:.1e}"
+            ties += 1
+    assert ties, f"lengths differ without a tie, {mine.sequences.shape[1]} and {theirs.sequences.shape[1]}, of {request}"
     return False
 
 

@@ -16,12 +16,11 @@ from transformers import DynamicCache, LogitsProcessor, StaticCache
 
 from specdec.errors import InvalidRequestError, UnsupportedModelError
 from specdec.generator import SpeculativeGenerator
-from tests.support_models import VOCABULARY, left_padded, noised, prompts, tiny_model
+from tests.support_generate import ENDS, INPUTS, Counting, generator_of
+from tests.support_models import VOCABULARY, noised, tiny_model
 
 NEW = 14
-INPUTS = left_padded(prompts((9, 3, 14, 1)))
 ONE = {"input_ids": INPUTS["input_ids"][2:3], "attention_mask": torch.ones(1, 14, dtype=torch.long)}
-ENDS = [5, 8, 13, 21, 34, 55]
 DICT: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True}
 # Windows, soft caps and learned positions.
 FAMILIES = ["llama", pytest.param("mistral", marks=pytest.mark.slow), "gemma2", pytest.param("gpt2", marks=pytest.mark.slow)]
@@ -34,12 +33,12 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def generator(model: Any) -> SpeculativeGenerator:
-    return SpeculativeGenerator(model, noised(model, 0.1), planner=2)
+    return generator_of(model)
 
 
 def _of(family: str) -> tuple[Any, SpeculativeGenerator]:
     model: Any = tiny_model(family)
-    return model, SpeculativeGenerator(model, noised(model, 0.1), planner=2)
+    return model, generator_of(model)
 
 
 def _assert_same_cache(mine: Any, theirs: Any, mask: Tensor) -> None:
@@ -112,7 +111,9 @@ def test_an_empty_cache_is_filled_in_place(model: Any, generator: SpeculativeGen
     )
     assert int(mine.get_seq_length()) == int(theirs.get_seq_length()) == 13 + NEW
     for a, b in zip(mine.layers, theirs.layers, strict=True):
+        assert a.keys.shape == b.keys.shape
         assert torch.allclose(a.keys, b.keys, rtol=1e-5, atol=1e-5)
+        assert torch.allclose(a.values, b.values, rtol=1e-5, atol=1e-5)
 
 
 def test_caches_that_do_not_fit_are_refused_by_name(model: Any, generator: SpeculativeGenerator) -> None:
@@ -135,9 +136,9 @@ def test_caches_that_do_not_fit_are_refused_by_name(model: Any, generator: Specu
 @pytest.mark.parametrize("past", [False, True], ids=["fresh", "continued"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hidden_states_and_attentions(family: str, past: bool) -> None:
-    model, _ = _of(family)
+    model: Any = tiny_model(family)
     model.set_attn_implementation("eager")
-    generator = SpeculativeGenerator(model, noised(model, 0.1), planner=2)
+    generator = generator_of(model)
     text, mask, caches = INPUTS["input_ids"], INPUTS["attention_mask"], [None, None]
     if past:
         begun = model.generate(**INPUTS, **DICT)
@@ -157,20 +158,6 @@ def test_hidden_states_and_attentions(family: str, past: bool) -> None:
                 live = shown if step == 0 else torch.ones_like(shown[:, :1])
                 rows = live[:, :, None] if name == "hidden_states" else live[:, None, :, None]
                 assert float(torch.where(rows, a - b, 0).abs().max() / b.abs().max()) < 1e-4
-
-
-class _Counter(LogitsProcessor):
-    """Each call forbids the token of its number; nothing says that it keeps state."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores = scores.clone()
-        scores[:, self.calls * 7 % VOCABULARY] = -torch.inf
-        scores[:, (input_ids[:, -1] + self.calls) % VOCABULARY] += 3.0
-        self.calls += 1
-        return scores
 
 
 class _Grammar(LogitsProcessor):
@@ -210,7 +197,7 @@ class _Later(_Pure):
 
 
 @pytest.mark.parametrize("inputs", [ONE, INPUTS], ids=["one", "batch"])
-@pytest.mark.parametrize("make", [_Counter, _Grammar])
+@pytest.mark.parametrize("make", [Counting, _Grammar])
 def test_a_processor_that_changes_itself_is_called_once_a_step(
     generator: SpeculativeGenerator, make: Callable[[], LogitsProcessor], inputs: dict[str, Tensor]
 ) -> None:

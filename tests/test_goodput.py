@@ -19,7 +19,7 @@ from specdec.errors import SpecDecError
 from specdec.generator import SpeculativeGenerator
 from specdec.goodput import GoodputPlanner
 from specdec.planner import FixedPlanner, Planner
-from specdec.types import DrafterTraits, Load, RoundStats
+from specdec.types import Budget, Draft, DrafterTraits, Load, RoundStats
 from tests.support_models import left_padded, noised, prompts, tiny_model
 
 
@@ -175,6 +175,40 @@ def test_it_chooses_between_several_drafters_and_the_text_stays(accepted: float)
         used |= {stats.drafter for stats in ours.stats.history if any(stats.drafted)}
     assert used <= {"suffix", "model", "tree"}
     assert len(used) > 1
+
+
+@pytest.mark.parametrize("rounds", [21, 24, 60])
+def test_one_planner_may_serve_generators_with_other_drafters(rounds: int) -> None:
+    """Rounds of the first that it has not learned from yet, and its plans, name drafters that the second does not have."""
+    target, planner = tiny_model(), GoodputPlanner()
+    arguments: dict[str, Any] = {**left_padded(prompts((9,))), "max_new_tokens": rounds, "do_sample": False}
+    plain = SpeculativeGenerator(target, None).generate(**arguments)
+    several = SpeculativeGenerator(target, [noised(target, 0.6), noised(target, 0.02), "suffix"], planner=planner)  # type: ignore[list-item]
+    one = SpeculativeGenerator(target, noised(target, 0.02), planner=planner)
+    for generator in (several, one, several):
+        assert torch.equal(generator.generate(**arguments), plain)
+        assert generator.stats is not None
+        own = {None} if generator is one else {"draft-model", "draft-model-2", "suffix"}
+        assert {stats.drafter for stats in generator.stats.history} <= own
+
+
+def test_a_round_that_drafts_nothing_does_not_ask_the_drafter() -> None:
+    target, inputs = tiny_model(), left_padded(prompts((9, 4)))
+    drafter = DraftModelDrafter(target)
+    asked, propose = list[tuple[int, ...]](), drafter.propose
+
+    def noted(budget: Budget) -> Draft:
+        asked.append(budget.nodes)
+        return propose(budget)
+
+    drafter.propose = noted  # type: ignore[method-assign]
+    generator = SpeculativeGenerator(target, drafter)
+    out = generator.generate(**inputs, max_new_tokens=40, do_sample=False)
+    assert torch.equal(out, SpeculativeGenerator(target, None).generate(**inputs, max_new_tokens=40, do_sample=False))
+    assert generator.stats is not None
+    drafting = [stats for stats in generator.stats.history if any(stats.drafted)]
+    assert len(asked) == len(drafting) < len(generator.stats.history)
+    assert all(map(any, asked))
 
 
 def test_of_several_drafters_the_best_is_used_most_and_a_change_is_noticed() -> None:

@@ -85,7 +85,9 @@ def test_decode(tmp_path: Path) -> None:
     assert [p["method"] for p in runs] == list(UNFUSED)
     assert [p["method"] for p in profiled] == list(UNFUSED[1:])
     assert all(p["same_as_plain"] and p["note"] == SMALL_NOTE for p in runs)
-    assert all(p["copies_to_host_a_round"] >= 0 for p in profiled)
+    # Each round tells the host its tokens, which on a CPU is no copy from a device.
+    assert (max(p["copies_to_host_a_round"] for p in profiled) > 0) == (DEVICE == "cuda")
+    assert (max(p["busy_ms_a_round"] for p in profiled) > 0) == (DEVICE == "cuda")
     assert sum(p.get("accepted", 0) for p in points) > 0
     _assert_repeats("decode", tmp_path)
     assert SMALL_NOTE in (tmp_path / "report.md").read_text()
@@ -139,8 +141,8 @@ def test_the_margin_leaves_new_tokens_out() -> None:
     assert found.noise < 1e-2 * found.gap
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_machine_without_a_gpu_is_told_what_to_do() -> None:
+def test_a_machine_without_a_gpu_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     done = CliRunner().invoke(APP, ["kernels"])
     assert done.exit_code == 2
     assert "--small --device cpu" in " ".join(done.output.replace("│", " ").split())

@@ -23,13 +23,10 @@ from specdec.verify.traversal import Traversal
 from tests.support_enumeration import (
     Replays,
     Table,
-    Verify,
-    continue_law,
     draw_tree,
+    drawing,
     expected_acceptance,
-    joint,
-    law_of_rounds,
-    total_variation,
+    law_error,
 )
 
 EXACT = 1e-12
@@ -45,39 +42,24 @@ DEEP, DEPTH_FIRST, RAGGED = (-1, 0, 0, 1, 2), (-1, 0, 1, 0, 3), (-1, 0, 1, 0, 1)
 Shapes = tuple[tuple[int, ...], ...]
 
 
-def _drawing(q: Table, shapes: Shapes, without: bool, change: str | None = None):  # type: ignore[no-untyped-def]
-    def draw(texts: list[tuple[int, ...]], replays: Replays) -> Draft:
-        draft = draw_tree(q, texts, shapes, replays, without=without)
-        return draft if change is None else replace(draft, law=Law(change))
-
-    return draw
-
-
-def _error(verify: Verify, draw, p: Table, requests: int, rounds: int, length: int) -> float:  # type: ignore[no-untyped-def]
-    contexts = tuple((b,) for b in range(requests))
-    ours = law_of_rounds(verify, draw, p, contexts, rounds, length + 1)
-    assert abs(sum(ours.values()) - 1) < EXACT
-    return total_variation(ours, joint([continue_law(p, context, length + 1) for context in contexts]))
-
-
 @pytest.mark.parametrize("kind_q", ["random", "zeros", "one-hot"])
 @pytest.mark.parametrize("kind_p", ["random", "zeros", "one-hot"])
 @every_rule
 def test_children_of_one_node(rule: Rule, without: bool, kind_p: str, kind_q: str) -> None:
     p, q = Table(3, 1, kind_p), Table(3, 2, kind_q)
-    assert _error(rule.verify, _drawing(q, (FORK,), without), p, 1, 1, 2) < EXACT
+    assert law_error(rule.verify, drawing(q, (FORK,), without), p, 1, 1, 2) < EXACT
 
 
 @every_rule
 def test_two_rounds(rule: Rule, without: bool) -> None:
     p, q = Table(3, 1), Table(3, 2, "zeros")
-    assert _error(rule.verify, _drawing(q, (FORK,), without), p, 1, 2, 3) < EXACT
+    assert law_error(rule.verify, drawing(q, (FORK,), without), p, 1, 2, 3) < EXACT
 
 
 @pytest.mark.parametrize("shape", [THREE, DEEP, DEPTH_FIRST, RAGGED], ids=str)
 @every_rule
 def test_wider_and_deeper_trees(rule: Rule, without: bool, shape: tuple[int, ...]) -> None:
-    assert _error(rule.verify, _drawing(Table(2, 4), (shape,), without), Table(2, 3), 1, 1, 3) < EXACT
+    assert law_error(rule.verify, drawing(Table(2, 4), (shape,), without), Table(2, 3), 1, 1, 3) < EXACT
 
 
 @pytest.mark.parametrize(
@@ -85,7 +67,7 @@ def test_wider_and_deeper_trees(rule: Rule, without: bool, shape: tuple[int, ...
 )
 @every_rule
 def test_two_requests_of_different_trees(rule: Rule, without: bool, shapes: Shapes, rounds: int) -> None:
-    assert _error(rule.verify, _drawing(Table(2, 6), shapes, without), Table(2, 5), 2, rounds, 2) < EXACT
+    assert law_error(rule.verify, drawing(Table(2, 6), shapes, without), Table(2, 5), 2, rounds, 2) < EXACT
 
 
 @pytest.mark.parametrize("rule", [Recursive(), RecursiveWithoutReplacement(), Traversal()], ids=lambda r: r.name)
@@ -97,14 +79,14 @@ def test_deterministic_trees_with_equal_siblings(rule: Rule) -> None:
         own = TokenTree(tree.tokens.expand(rows, -1), tree.parents.expand(rows, -1), tree.num_nodes * rows)
         return Draft(own, Law.DETERMINISTIC)
 
-    assert _error(rule.verify, draw, Table(3, 8), 1, 1, 3) < EXACT
+    assert law_error(rule.verify, draw, Table(3, 8), 1, 1, 3) < EXACT
 
 
 @every_rule
 def test_a_draft_equal_to_the_target_is_accepted_to_a_leaf(rule: Rule, without: bool) -> None:
     p = Table(2, 7)
-    found = expected_acceptance(rule.verify, _drawing(p, ((-1, 0, 0, 1, 1),), without), p)
-    first = expected_acceptance(rule.verify, _drawing(p, ((-1, 0),), without), p)
+    found = expected_acceptance(rule.verify, drawing(p, ((-1, 0, 0, 1, 1),), without), p)
+    first = expected_acceptance(rule.verify, drawing(p, ((-1, 0),), without), p)
     assert abs(first - 1) < EXACT
     assert found > 1 - EXACT
 
@@ -121,7 +103,7 @@ def test_recursive_acceptance_is_its_closed_form(children: int) -> None:
         refused *= 1 - _overlap(here, law)
         here = (here - law).clamp(min=0) / (here - law).clamp(min=0).sum()
     shape = (-1,) + (0,) * children
-    found = expected_acceptance(Recursive().verify, _drawing(q, (shape,), False), p)
+    found = expected_acceptance(Recursive().verify, drawing(q, (shape,), False), p)
     assert abs(found - (1 - refused)) < EXACT
 
 
@@ -134,20 +116,20 @@ def test_k_sequential_acceptance_is_its_closed_form_and_its_threshold_is_tight(c
     assert some <= rho * beta + EXACT
     assert abs(some - rho * beta) < 1e-6
     shape = (-1,) + (0,) * children
-    assert abs(expected_acceptance(KSequential().verify, _drawing(q, (shape,), False), p) - some) < EXACT
+    assert abs(expected_acceptance(KSequential().verify, drawing(q, (shape,), False), p) - some) < EXACT
 
 
 def test_repeated_draws_are_worth_more_than_passed_over() -> None:
     p, q = Table(4, 101), Table(4, 201)
-    told = expected_acceptance(RecursiveWithoutReplacement().verify, _drawing(q, (FORK,), False, "without_replacement"), p)
-    assert expected_acceptance(Recursive().verify, _drawing(q, (FORK,), False), p) > told + 1e-3
+    told = expected_acceptance(RecursiveWithoutReplacement().verify, drawing(q, (FORK,), told=Law.WITHOUT_REPLACEMENT), p)
+    assert expected_acceptance(Recursive().verify, drawing(q, (FORK,), False), p) > told + 1e-3
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_traversal_keeps_at_least_what_recursive_rejection_keeps(seed: int) -> None:
     p, q = Table(2, 40 + seed), Table(2, 50 + seed)
     for rule, without in ((Recursive(), False), (RecursiveWithoutReplacement(), True)):
-        draw = _drawing(q, (RAGGED,), without)
+        draw = drawing(q, (RAGGED,), without)
         assert expected_acceptance(Traversal().verify, draw, p) > expected_acceptance(rule.verify, draw, p) - EXACT
 
 
@@ -166,22 +148,22 @@ def _dropping(q: Table):  # type: ignore[no-untyped-def]
 
 @pytest.mark.parametrize("rule", [RecursiveWithoutReplacement(), Traversal()], ids=lambda r: r.name)
 def test_dropping_children_for_what_was_drawn_is_seen(rule: Rule) -> None:
-    assert _error(rule.verify, _dropping(Table(4, 201)), Table(4, 101), 1, 1, 1) > 1e-2
+    assert law_error(rule.verify, _dropping(Table(4, 201)), Table(4, 101), 1, 1, 1) > 1e-2
 
 
 @pytest.mark.parametrize("rule", [Recursive(), KSequential(), MultiPathBlock()], ids=lambda r: r.name)
 def test_draws_without_replacement_told_as_independent_are_seen(rule: Rule) -> None:
-    assert _error(rule.verify, _drawing(Table(4, 201), (FORK,), True, "independent"), Table(4, 101), 1, 1, 1) > 1e-2
+    assert law_error(rule.verify, drawing(Table(4, 201), (FORK,), True, told=Law.INDEPENDENT), Table(4, 101), 1, 1, 1) > 1e-2
 
 
 @pytest.mark.parametrize("rule", [RecursiveWithoutReplacement(), Traversal()], ids=lambda r: r.name)
 def test_repeated_draws_that_are_judged_by_what_is_left_of_q_are_seen(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
-    p, draw = Table(4, 101), _drawing(Table(4, 201), (FORK,), False, "without_replacement")
-    assert _error(rule.verify, draw, p, 1, 1, 1) < EXACT
+    p, draw = Table(4, 101), drawing(Table(4, 201), (FORK,), told=Law.WITHOUT_REPLACEMENT)
+    assert law_error(rule.verify, draw, p, 1, 1, 1) < EXACT
     # So little is left of a refused token that a repeated one is refused, but not passed over.
     for module in (recursive, traversal):
         monkeypatch.setattr(module, "without_token", lambda law, token: recursive.normalised(law.scatter(1, token, 1e-200), law))
-    assert _error(rule.verify, draw, p, 1, 1, 1) > 1e-3
+    assert law_error(rule.verify, draw, p, 1, 1, 1) > 1e-3
 
 
 @pytest.mark.parametrize("rule", [RecursiveWithoutReplacement(), Traversal()], ids=lambda r: r.name)
@@ -194,16 +176,16 @@ def test_soft_q_for_the_likeliest_children_is_seen(rule: Rule) -> None:
         draft.tree.tokens[:, 1:] = draft.q[:, 0].topk(2, dim=1).indices
         return draft
 
-    assert _error(rule.verify, draw, Table(3, 21), 1, 1, 2) > 1e-2
+    assert law_error(rule.verify, draw, Table(3, 21), 1, 1, 2) > 1e-2
 
 
 @pytest.mark.parametrize("weight", ["kept", "bare excess"])
 def test_another_weight_after_a_refusal_is_seen(weight: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    p, draw = Table(3, 101), _drawing(Table(3, 201), ((-1, 0, 1, 1),), True)
-    assert _error(Traversal().verify, draw, p, 1, 1, 2) < EXACT
+    p, draw = Table(3, 101), drawing(Table(3, 201), ((-1, 0, 1, 1),), True)
+    assert law_error(Traversal().verify, draw, p, 1, 1, 2) < EXACT
     broken = {"kept": lambda w, excess: w, "bare excess": lambda w, excess: torch.where(w < 1, excess, 1.0)}
     monkeypatch.setattr(traversal, "_after_refusal", broken[weight])
-    assert _error(Traversal().verify, draw, p, 1, 1, 2) > 1e-2
+    assert law_error(Traversal().verify, draw, p, 1, 1, 2) > 1e-2
 
 
 class Script:
@@ -321,4 +303,4 @@ def test_no_decision_waits_for_a_value(rule: Rule, without: bool) -> None:
 
 @every_rule
 def test_a_tree_of_one_node_is_plain_sampling(rule: Rule, without: bool) -> None:
-    assert _error(rule.verify, _drawing(Table(3, 2), ((-1,),), without), Table(3, 1), 1, 1, 2) < EXACT
+    assert law_error(rule.verify, drawing(Table(3, 2), ((-1,),), without), Table(3, 1), 1, 1, 2) < EXACT

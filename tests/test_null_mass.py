@@ -31,7 +31,7 @@ from tests.support_enumeration import (
     Table,
     Texts,
     continue_law,
-    draw_tree,
+    drawing,
     expected_acceptance,
     joint,
     law_of_rounds,
@@ -45,13 +45,7 @@ every_rule = pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 
 
 def _chains(q: Table, drafted: tuple[int, ...]) -> Draw:
-    shapes = [list(range(-1, count)) for count in drafted]
-
-    def draw(texts: list[tuple[int, ...]], replays: Replays) -> Draft:
-        draft = draw_tree(q, texts, shapes, replays)
-        return replace(draft, tree=replace(draft.tree, is_chain=True))
-
-    return draw
+    return drawing(q, [range(-1, count) for count in drafted], chain=True)
 
 
 def _confident(q: Table, drafted: int, least: float, *, repair: bool = True) -> Draw:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,11 +28,9 @@ from tests.support_enumeration import (
     Law1,
     Replays,
     Table,
-    continue_law,
-    draw_tree,
+    drawing,
     expected_acceptance,
-    joint,
-    law_of_rounds,
+    law_error,
     laws_of_round,
     total_variation,
 )
@@ -44,21 +41,6 @@ CHAINS: list[Rule] = [TokenRejection(), Block(), SampleAndMatch()]
 INDEPENDENT: list[Rule] = [Recursive(), KSequential(), Traversal(), MultiPathBlock(), SampleAndMatch()]
 WITHOUT: list[Rule] = [RecursiveWithoutReplacement(), Traversal(), SampleAndMatch()]
 KINDS = ["random", "zeros", "one-hot"]
-
-
-def _drawing(q: Table, *shapes: tuple[int, ...], without: bool = False, chain: bool = False) -> Draw:
-    def draw(texts: list[tuple[int, ...]], replays: Replays) -> Draft:
-        draft = draw_tree(q, texts, shapes, replays, without=without)
-        return replace(draft, tree=replace(draft.tree, is_chain=chain))
-
-    return draw
-
-
-def _error(rule: Rule, draw: Draw, p: Table, requests: int, rounds: int, length: int) -> float:
-    contexts = tuple((b,) for b in range(requests))
-    ours = law_of_rounds(rule.verify, draw, p, contexts, rounds, length + 1)
-    assert abs(sum(ours.values()) - 1) < EXACT
-    return total_variation(ours, joint([continue_law(p, context, length + 1) for context in contexts]))
 
 
 PAIRS = [(rule, CHAIN, False) for rule in CHAINS]
@@ -95,7 +77,7 @@ ENDING = [
 @pytest.mark.parametrize(("rule", "shape", "without"), ENDING)
 def test_a_text_that_ends_inside_a_round_ends_as_the_target_s(rule: Rule, shape: tuple[int, ...], without: bool) -> None:
     p, end, length, rounds = Table(2, 3), 1, 4, 2
-    draw = _drawing(Table(2, 4), shape, without=without, chain=shape == CHAIN)
+    draw = drawing(Table(2, 4), (shape,), without, chain=shape == CHAIN)
     law: dict[tuple[tuple[int, ...], bool], float] = {((0,), False): 1.0}
     for _ in range(rounds):
         open_ = [text for text, finished in law if not finished]
@@ -118,20 +100,20 @@ def test_a_text_that_ends_inside_a_round_ends_as_the_target_s(rule: Rule, shape:
 @pytest.mark.parametrize("kind_p", KINDS)
 def test_sample_and_match_takes_drawn_trees_of_all_kinds(kind_p: str, kind_q: str, without: bool) -> None:
     p, q = Table(3, 1, kind_p), Table(3, 2, kind_q)
-    assert _error(SampleAndMatch(), _drawing(q, FORK, without=without), p, 1, 1, 2) < EXACT
+    assert law_error(SampleAndMatch().verify, drawing(q, (FORK,), without), p, 1, 1, 2) < EXACT
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("without", [False, True], ids=["independent", "without"])
 def test_sample_and_match_takes_ragged_trees_of_two_requests_over_two_rounds(without: bool) -> None:
-    assert _error(SampleAndMatch(), _drawing(Table(2, 6), FORK, (-1,), without=without), Table(2, 5), 2, 2, 2) < EXACT
+    assert law_error(SampleAndMatch().verify, drawing(Table(2, 6), (FORK, (-1,)), without), Table(2, 5), 2, 2, 2) < EXACT
 
 
 @pytest.mark.parametrize(("rule", "without"), [(r, False) for r in INDEPENDENT[:-1]] + [(r, True) for r in WITHOUT[:-1]])
 def test_one_draft_has_the_law_of_token_rejection(rule: Rule, without: bool) -> None:
     p, q = Table(3, 11), Table(3, 12)
-    found = laws_of_round(rule.verify, _drawing(q, (-1, 0), without=without), p, [((0,),)])[0]
-    wanted = laws_of_round(TokenRejection().verify, _drawing(q, (-1, 0), chain=True), p, [((0,),)])[0]
+    found = laws_of_round(rule.verify, drawing(q, ((-1, 0),), without), p, [((0,),)])[0]
+    wanted = laws_of_round(TokenRejection().verify, drawing(q, ((-1, 0),), chain=True), p, [((0,),)])[0]
     assert found.keys() == wanted.keys()
     assert max(abs(found[text] - wanted[text]) for text in wanted) < EXACT
 
@@ -141,13 +123,13 @@ def test_sample_and_match_keeps_the_target_s_mass_on_what_was_drawn(children: in
     p, q = Table(3, 11), Table(3, 12)
     # A token is among independent draws unless all of them miss it.
     wanted = sum(a * (1 - (1 - b) ** children) for a, b in zip(p((0,)).tolist(), q((0,)).tolist(), strict=True))
-    found = expected_acceptance(SampleAndMatch().verify, _drawing(q, (-1,) + (0,) * children), p)
+    found = expected_acceptance(SampleAndMatch().verify, drawing(q, ((-1,) + (0,) * children,)), p)
     assert abs(found - wanted) < EXACT
 
 
 def _reranked(q: Table) -> Draw:
     """Draws a fork and a child behind each, and keeps the three nodes of the largest drawn path probabilities: after the draws."""
-    whole = _drawing(q, (-1, 0, 0, 1, 2), without=True)
+    whole = drawing(q, ((-1, 0, 0, 1, 2),), True)
 
     def draw(texts: list[tuple[int, ...]], replays: Replays) -> Draft:
         draft = whole(texts, replays)
@@ -171,14 +153,14 @@ def _reranked(q: Table) -> Draw:
 @pytest.mark.parametrize("rule", [RecursiveWithoutReplacement(), Traversal()], ids=lambda rule: rule.name)
 def test_a_rerank_by_drawn_path_probabilities_is_seen(rule: Rule) -> None:
     p, q = Table(3, 101), Table(3, 201)
-    assert _error(rule, _drawing(q, (-1, 0, 0, 1, 2), without=True), p, 1, 1, 2) < EXACT
-    assert _error(rule, _reranked(q), p, 1, 1, 2) > 1e-3
-    assert _error(SampleAndMatch(), _reranked(q), p, 1, 1, 2) < EXACT
+    assert law_error(rule.verify, drawing(q, ((-1, 0, 0, 1, 2),), True), p, 1, 1, 2) < EXACT
+    assert law_error(rule.verify, _reranked(q), p, 1, 1, 2) > 1e-3
+    assert law_error(SampleAndMatch().verify, _reranked(q), p, 1, 1, 2) < EXACT
 
 
 def test_a_weight_from_what_is_left_of_q_is_seen_in_traversal(monkeypatch: pytest.MonkeyPatch) -> None:
-    p, draw, rest = Table(3, 101), _drawing(Table(3, 201), (-1, 0, 1, 1), without=True), []
-    assert _error(Traversal(), draw, p, 1, 1, 2) < EXACT
+    p, draw, rest = Table(3, 101), drawing(Table(3, 201), ((-1, 0, 1, 1),), True), []
+    assert law_error(Traversal().verify, draw, p, 1, 1, 2) < EXACT
     law = traversal._Visit._law
 
     def noted(visit: Any, parent: Tensor, token: Tensor) -> Tensor:
@@ -192,7 +174,7 @@ def test_a_weight_from_what_is_left_of_q_is_seen_in_traversal(monkeypatch: pytes
         return torch.where(weight < 1, (excess / rest[-1]).clamp(max=1.0), 1.0)
 
     monkeypatch.setattr(traversal, "_after_refusal", broken)
-    assert _error(Traversal(), draw, p, 1, 1, 2) > 1e-3
+    assert law_error(Traversal().verify, draw, p, 1, 1, 2) > 1e-3
 
 
 MANY = 60_000

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specdec.drafters import draft_model
+from specdec.drafters import chains
 from specdec.drafters.base import Drafter, DraftSampling, Paths
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
@@ -27,7 +27,7 @@ from specdec.types import Budget, Draft, Law
 from specdec.verify.chooser import Chooser
 from specdec.verify.typical import TypicalLossy
 from tests.support_compare import RecordingPlanner, assert_same_greedy
-from tests.support_drafters import assert_same_draft, budget_of, commit, setup_of
+from tests.support_drafters import assert_same_draft, budget_of, commit, flattened, setup_of
 from tests.support_enumeration import Replay, enumerate_all, total_variation
 from tests.support_models import VOCABULARY, left_padded, noised, prompts, tiny_model
 
@@ -99,6 +99,19 @@ def test_requests_may_leave() -> None:
     assert torch.equal(fresh.propose(Budget((0,), (4,), (K,), (2,))).tree.tokens, draft.tree.tokens[:1])
 
 
+@pytest.mark.parametrize("law", [Law.INDEPENDENT, Law.COUPLED])
+def test_what_a_request_draws_does_not_depend_on_its_place_in_the_batch(law: Law) -> None:
+    texts, counts, drawn = _texts(9, 4, 6), (K, 0, 2), []
+    for order in ((0, 1, 2), (2, 0, 1)):
+        drafter = _staged("model")
+        drafter.begin(tuple(map(tuple, texts)), setup_of(law, DraftSampling(flattened, Noise(1))))
+        tree = drafter.propose(Budget(order, tuple(counts[r] for r in order), (K,) * 3, (2,) * 3)).tree
+        rows = zip(order, tree.tokens.tolist(), tree.num_nodes, strict=True)
+        drawn.append({request: row[:size] for request, row, size in rows})
+    assert drawn[0] == drawn[1]
+    assert [len(drawn[0][request]) for request in range(3)] == [K + 1, 1, 3]
+
+
 def _two_likeliest(logits: Tensor, paths: Paths) -> Tensor:
     """A processor that leaves two tokens, and by which likelier ones depend on the path."""
     later = torch.tensor([len(path) for _, path in paths()])[:, None]
@@ -163,7 +176,7 @@ def test_what_is_drawn_has_the_draft_model_s_law_and_its_q(inner: str, monkeypat
     stages: Any = _Guess(tree) if inner == "guess" else DraftModelDrafter(_wide(SMALLER))
     drafter = _Enumerated(Replay([]), model, stages)
     # The inner model's draws are enumerated with the others.
-    monkeypatch.setattr(draft_model, "NoiseChooser", lambda *given: drafter.given)
+    monkeypatch.setattr(chains, "NoiseChooser", lambda *given: drafter.given)
     drafter.begin((tuple(text),), setup_of(Law.INDEPENDENT, DraftSampling(_two_likeliest, Noise(1))))
     assert drafter._rule.name == {"guess": "sample-and-match", "drawn chain": "block"}[inner]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from specdec.kernels.transfer import on_device
-from specdec.trees.rerank import rerank
+from specdec.trees.rerank import likeliest, rerank
 from specdec.types import TokenTree
 
 _NEVER = float("-inf")
@@ -29,17 +29,17 @@ class Chosen:
 class BestFirst:
     """Candidates so far, M of each request, and which of them were expanded.
 
-    Once `choose` finds nothing more, `tree` gives the most likely nodes of all that have the most likely `width` children at
-    every node: a candidate outside the best so far has no child among them, since path probabilities never rise from parent
+    Once `choose` finds nothing more, `tree` gives the most likely nodes of all that have, at every node, the most likely children,
+    `width` of them: a candidate outside the best so far has no child among them, since path probabilities never rise from parent
     to child. Stopped earlier, it gives the best of those found. Tokens are deterministic.
     """
 
-    def __init__(self, logits: Tensor, width: int, nodes: tuple[int, ...], depth: tuple[int, ...]) -> None:
-        """logits: [B, V] behind the root.  width: most children of a node.  nodes, depth: of each request's tree."""
-        self._width, self._nodes = min(width, logits.shape[1]), nodes
+    def __init__(self, logits: Tensor, width: tuple[int, ...], nodes: tuple[int, ...], depth: tuple[int, ...]) -> None:
+        """logits: [B, V] behind the root.  width: most children of a node.  nodes, depth: as width, of each request's tree."""
+        self._width, self._nodes = width, nodes
         self._device = logits.device
         self._most, self._deepest = on_device([nodes, depth], logits.device)[..., None]
-        self._scores, self._tokens = logits.float().log_softmax(-1).topk(self._width, dim=-1)
+        self._scores, self._tokens = [found[:, 0] for found in likeliest(logits[:, None], width)]
         self._scores = self._scores.masked_fill((self._deepest < 1) | (self._most < 1), _NEVER)
         self._parents = torch.full_like(self._tokens, -1)
         self._depths = torch.ones_like(self._tokens)
@@ -64,14 +64,14 @@ class BestFirst:
         assert self._last is not None, "choose comes first"
         values, best = self._last
         batch, chosen = best.shape
-        own, tokens = logits.float().log_softmax(-1).topk(self._width, dim=-1)
-        scores = own.view(batch, chosen, -1) + values[..., None]
+        own, tokens = likeliest(logits.reshape(batch, chosen, -1), self._width)
+        scores, width = own + values[..., None], own.shape[2]
         number = torch.arange(self._expanded, self._expanded + chosen, device=self._device)
         self._scores = torch.cat((self._scores, scores.flatten(1)), 1)
-        self._tokens = torch.cat((self._tokens, tokens.view(batch, -1)), 1)
-        self._parents = torch.cat((self._parents, best.repeat_interleave(self._width, 1)), 1)
-        self._depths = torch.cat((self._depths, 1 + self._depths.gather(1, best).repeat_interleave(self._width, 1)), 1)
-        self._above = torch.cat((self._above, number.repeat_interleave(self._width).expand(batch, -1)), 1)
+        self._tokens = torch.cat((self._tokens, tokens.flatten(1)), 1)
+        self._parents = torch.cat((self._parents, best.repeat_interleave(width, 1)), 1)
+        self._depths = torch.cat((self._depths, 1 + self._depths.gather(1, best).repeat_interleave(width, 1)), 1)
+        self._above = torch.cat((self._above, number.repeat_interleave(width).expand(batch, -1)), 1)
         self._done = torch.cat((self._done, torch.zeros_like(scores.flatten(1), dtype=torch.bool)), 1)
         self._expanded += chosen
 

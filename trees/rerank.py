@@ -1,4 +1,4 @@
-"""Keep the most likely nodes of an expanded tree (EAGLE-2, arXiv 2406.16858, section 4.2)."""
+"""The likeliest continuations of nodes, and the likeliest nodes of an expanded tree (EAGLE-2, arXiv 2406.16858, section 4.2)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,21 @@ from torch import Tensor
 
 from specdec.kernels.transfer import on_device
 from specdec.types import TokenTree
+
+
+def likeliest(logits: Tensor, widths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """[B, M, W] each: log-probabilities, highest first, and tokens of the likeliest continuations of M nodes.
+
+    logits: [B, M, V].  widths: of each request; W is the largest, or V. What is beyond a request's width, or stands where the
+    logits hold NaN, is never likely (minus infinity), so that it never takes the place of a node.
+    """
+    width = min(max(widths), logits.shape[-1])
+    values, tokens = logits.float().log_softmax(-1).topk(width, dim=-1)
+    never = values.isnan()
+    if min(widths) < width:
+        limits = on_device(widths, logits.device)[:, None, None]
+        never = never | (torch.arange(width, device=logits.device) >= limits)
+    return values.masked_fill(never, float("-inf")), tokens
 
 
 def rerank(roots: Tensor, tokens: Tensor, parents: Tensor, scores: Tensor, counts: tuple[int, ...]) -> TokenTree:

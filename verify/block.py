@@ -9,8 +9,8 @@ from torch import Tensor
 
 from specdec.types import Draft, Law, Scores, Verdict
 from specdec.verify.chooser import Chooser
+from specdec.verify.laws import chain_law, live_nodes
 from specdec.verify.null_mass import null_behind
-from specdec.verify.recursive import finite_law, live_nodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +31,8 @@ class Block:
     def verify(self, draft: Draft, scores: Scores, chooser: Chooser) -> Verdict:
         """See `Rule.verify`; one accept over all drafted tokens and one pick."""
         p, drafted = scores.logits.softmax(-1), draft.tree.tokens[:, 1:]
-        q = finite_law(draft, p)
-        if q is None:
-            q = torch.zeros_like(p)
-            q[:, :-1].scatter_(2, drafted[..., None], 1.0)
         end = live_nodes(draft.tree).sum(1) - 1
-        return Verdict(*block_verdict(p, q, drafted, end, chooser, null_behind(draft, end)))
+        return Verdict(*block_verdict(p, chain_law(draft, p), drafted, end, chooser, null_behind(draft, end)))
 
 
 def block_verdict(

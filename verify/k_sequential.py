@@ -9,7 +9,7 @@ from torch import Tensor
 
 from specdec.types import Draft, Law, Scores, TokenTree, Verdict
 from specdec.verify.chooser import Chooser
-from specdec.verify.recursive import finite_law, live_nodes, ratio
+from specdec.verify.laws import finite_law, live_nodes, ratio
 from specdec.verify.rejection import TokenRejection
 from specdec.verify.walk import accept_nodes
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from specdec.types import Draft, Law, Scores, TokenTree, Verdict
 from specdec.verify.block import Block, block_verdict
 from specdec.verify.chooser import Chooser
-from specdec.verify.recursive import finite_law, live_nodes
+from specdec.verify.laws import finite_law, live_nodes
 
 
 @dataclass(frozen=True, slots=True)

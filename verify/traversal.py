@@ -11,7 +11,8 @@ from specdec.trees.layout import ancestors
 from specdec.types import Draft, Law, Scores, TokenTree, Verdict
 from specdec.verify.block import Block
 from specdec.verify.chooser import Chooser
-from specdec.verify.recursive import closed_path, finite_law, live_nodes, normalised, one_hot, without_token
+from specdec.verify.laws import finite_law, live_nodes, normalised, one_hot, without_token
+from specdec.verify.recursive import closed_path
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,153 @@
+"""A cell of the never-slower grid: the turns of its methods, the ratio to plain decoding, and the share of the best length."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import exp, log, sqrt
+from statistics import fmean, median, stdev
+from typing import Any
+
+from specdec.bench.lockstep import Ran
+from specdec.bench.replay import LENGTHS
+from specdec.bench.statistics import t_quantile
+from specdec.types import RoundStats
+
+PLAIN, OURS = "plain", "goodput"
+# Tokens that each method drafts a round; None for as many as the planner likes.
+METHODS: dict[str, int | None] = {PLAIN: 0, OURS: None, **{f"fixed {length}": length for length in LENGTHS[1:]}}
+NARROW = 0.03
+# Turns of a cell: at least, and at most.
+_FEWEST, _MOST = 5, 16
+# Turns after which a cell ends whose interval lies above 1: prompts differ in what they gain, and it is not slower.
+_DECIDED = 6
+# A fixed length is given up in a text when after so many segments it took so many times as long as plain decoding; and after so
+# many turns when it gave less than this share of what the best one, or plain decoding, did.
+_SEGMENTS, _HOPELESS = 3, 1.5
+_SWEPT, _WORSE = 2, 0.9
+# A segment counts as so many typical ones of its method, at most: the machine stood still. A turn counts as so far from the median
+# turn, at most, in the logarithm of its ratio.
+_LONGEST, _HIT = 3.0, 0.3
+
+
+def losers(seconds: Mapping[str, Sequence[float]]) -> list[str]:
+    """Fixed lengths that are so slow in this text that the rest of it would show nothing."""
+    fixed = [(name, own) for name, own in seconds.items() if name not in (PLAIN, OURS) and len(own) >= _SEGMENTS]
+    return [name for name, own in fixed if sum(own) > _HOPELESS * sum(seconds[PLAIN][: len(own)])]
+
+
+@dataclass
+class Cell:
+    """Filled turn by turn. methods: of the next one.  explained: turns whose texts differ, but by rounding alone."""
+
+    methods: list[str] = field(default_factory=lambda: list(METHODS))
+    explained: int = 0
+    _segments: dict[str, list[tuple[float, ...]]] = field(default_factory=lambda: {name: [] for name in METHODS})
+    _equal: int = 0
+    _own_s: float = 0.0
+    _stats: Any = None
+    _history: list[RoundStats] = field(default_factory=list)
+
+    @property
+    def turns(self) -> int:
+        """So far."""
+        return len(self._segments[PLAIN])
+
+    @property
+    def done(self) -> bool:
+        """Whether the interval is narrow, or clearly above 1, or there were turns enough."""
+        if self.turns < _FEWEST:
+            return False
+        _, low, high = self._ratio()
+        return high - low <= 2 * NARROW or (self.turns >= _DECIDED and low > 1.0) or self.turns >= _MOST
+
+    def add(self, ran: Mapping[str, Ran]) -> None:
+        """A turn. The result of a method is its tokens, its stats, and seconds of its planner so far."""
+        for name, own in ran.items():
+            self._segments[name].append(own.seconds)
+        said, self._stats, self._own_s = ran[OURS].result
+        self._equal += said == ran[PLAIN].result[0]
+        self._history += self._stats.history
+        lost = {name for name, own in ran.items() if own.result is None}
+        if self.turns >= _SWEPT:
+            over = self._fixed()
+            enough = _WORSE * max(1.0, *[ratio for name, ratio in over.items() if name not in lost])
+            lost |= {name for name, ratio in over.items() if ratio < enough}
+        self.methods = [name for name in self.methods if name not in lost]
+
+    def report(self) -> dict[str, Any]:
+        """For JSON."""
+        whole, fixed = replace(self._stats, history=tuple(self._history)), self._fixed()
+        lasted = {name: ratio for name, ratio in fixed.items() if name in self.methods}
+        best = max(lasted, key=lambda name: lasted[name], default=PLAIN)
+        best = best if lasted.get(best, 0.0) > 1.0 else PLAIN
+        return {
+            "ratio": self._ratio(),
+            "turns": self.turns,
+            "seconds": {name: [round(sum(own), 4) for own in turns] for name, turns in self._segments.items()},
+            "counted": {name: [round(own, 4) for own in self._counted(name)] for name in (PLAIN, OURS)},
+            "equal": self._equal,
+            "explained": self.explained,
+            "fixed": fixed,
+            "best_fixed": best,
+            "share_of_best": self._over_plain(OURS) / lasted.get(best, 1.0),
+            "forecast_errors": whole.forecast_errors(),
+            "own_share": self._own_s / sum(stats.seconds for stats in self._history),
+            "reasons": whole.reasons,
+        }
+
+    def _ratio(self) -> tuple[float, float, float]:
+        return paired_ratio(self._counted(PLAIN), self._counted(OURS))
+
+    def _fixed(self) -> dict[str, float]:
+        return {name: self._over_plain(name) for name in METHODS if name not in (PLAIN, OURS)}
+
+    def _counted(self, name: str) -> list[float]:
+        """Seconds of each turn, no segment longer than what passes for typical."""
+        most = self._most(name)
+        return [sum([min(own, most) for own in turn]) for turn in self._segments[name]]
+
+    def _most(self, name: str) -> float:
+        return _LONGEST * median([own for turn in self._segments[name] for own in turn])
+
+    def _over_plain(self, name: str) -> float:
+        """Plain decoding's seconds over this method's, in the segments that both ran."""
+        most, plain_most, logs = self._most(name), self._most(PLAIN), []
+        for own, plain in zip(self._segments[name], self._segments[PLAIN], strict=False):
+            pairs = [(min(theirs, plain_most), min(ours, most)) for theirs, ours in zip(plain, own, strict=False)]
+            logs.append(log(sum([theirs for theirs, _ in pairs]) / sum([ours for _, ours in pairs])))
+        return exp(fmean(logs))
+
+
+def paired_ratio(plain: Sequence[float], ours: Sequence[float]) -> tuple[float, float, float]:
+    """Plain seconds over ours, and its 95 % t interval: the mean of the logarithms of each turn's ratio.
+
+    A turn that another load on the machine hit counts as _HIT away from the median turn: what starting costs is less than that.
+    """
+    logs = [log(a / b) for a, b in zip(plain, ours, strict=True)]
+    middle = median(logs)
+    kept = [min(max(own, middle - _HIT), middle + _HIT) for own in logs]
+    half = t_quantile(0.975, len(kept) - 1) * stdev(kept) / sqrt(len(kept))
+    return exp(fmean(kept)), exp(fmean(kept) - half), exp(fmean(kept) + half)
+
+
+def verdict(cells: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What the grid shows as a whole. cells: their reports, by name."""
+    shares = [own["share_of_best"] for own in cells.values()]
+    errors = [error for own in cells.values() for error in own["forecast_errors"]]
+    return {
+        "cells": len(cells),
+        "wholly_below_0.97": [key for key, own in cells.items() if own["ratio"][2] < 0.97],
+        "neither_narrow_nor_above_1": [key for key, own in cells.items() if not _decided(own["ratio"])],
+        "neither_equal_nor_explained": [key for key, own in cells.items() if own["equal"] + own["explained"] < own["turns"]],
+        "mean_ratio": exp(fmean([log(own["ratio"][0]) for own in cells.values()])),
+        "least_ratio": min(own["ratio"][0] for own in cells.values()),
+        "mean_share_of_best_fixed": fmean(shares),
+        "forecasts_within_10_percent": sum(abs(e) <= 0.1 for e in errors) / len(errors) if errors else None,
+        "median_own_share": median(own["own_share"] for own in cells.values()),
+        "largest_own_share": max(own["own_share"] for own in cells.values()),
+    }
+
+
+def _decided(ratio: Sequence[float]) -> bool:
+    return ratio[2] - ratio[1] <= 2 * NARROW or ratio[1] > 1.0

@@ -1,0 +1,100 @@
+"""What a cell of the never-slower grid says of seconds that are known."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+
+from specdec.bench.grid_cell import METHODS, OURS, PLAIN, Cell, losers, paired_ratio, verdict
+from specdec.bench.lockstep import Ran
+from specdec.metrics import StatsCollector
+from specdec.types import RoundStats
+
+_ROUND = RoundStats((0,), (0,), (0,), (0,), 1, 0.1, 0.8, 0.05, 0.05)
+
+
+def _ran(cell: Cell, seconds: dict[str, float], *, slow: dict[str, int] | None = None) -> dict[str, Ran]:
+    """A turn of eight segments, or as many as `slow` says for methods that were given up."""
+    collector = StatsCollector(1)
+    for _ in range(100):
+        collector.add(_ROUND, 1.0)
+    found = {}
+    for name in cell.methods:
+        count = (slow or {}).get(name, 8)
+        result: Any = ([[1, 2]], collector.stats(), 0.5) if count == 8 else None
+        found[name] = Ran((seconds.get(name, 1.0) / 8,) * count, result)
+    return found
+
+
+def test_a_turn_that_the_machine_was_slow_in_moves_the_ratio_little_and_what_starting_costs_counts_whole() -> None:
+    even = paired_ratio([1.0] * 10, [1.0] * 10)
+    assert even == (1.0, 1.0, 1.0)
+    ratio, low, high = paired_ratio([1.0] * 10, [*[1.0] * 9, 5.0])
+    assert math.log(ratio) == pytest.approx(-0.03)
+    assert low < ratio < high
+    started = paired_ratio([1.0] * 10, [1.25, *[1.0] * 9])[0]
+    assert math.log(started) == pytest.approx(-math.log(1.25) / 10)
+
+
+def test_a_cell_ends_when_its_interval_is_narrow_and_shares_are_of_the_best_length() -> None:
+    cell, seconds = Cell(), {PLAIN: 1.0, OURS: 0.6, "fixed 2": 0.5, "fixed 3": 0.53}
+    for _ in range(5):
+        assert not cell.done
+        cell.add(_ran(cell, seconds))
+    assert cell.done
+    assert cell.methods == [PLAIN, OURS, "fixed 2", "fixed 3"]
+    report = cell.report()
+    assert report["ratio"] == pytest.approx((1 / 0.6,) * 3)
+    assert report["best_fixed"] == "fixed 2"
+    assert report["share_of_best"] == pytest.approx(0.5 / 0.6)
+    assert report["fixed"]["fixed 1"] == pytest.approx(1.0)
+    assert report["equal"] == report["turns"] == 5
+    assert report["own_share"] == pytest.approx(0.5 / 500)
+    json.dumps(report)
+
+
+def test_where_no_length_pays_the_best_is_plain_decoding() -> None:
+    cell, seconds = Cell(), dict.fromkeys(METHODS, 4.0) | {PLAIN: 1.0, OURS: 1.02}
+    cell.add(_ran(cell, seconds, slow=dict.fromkeys([name for name in METHODS if name.startswith("fixed")], 3)))
+    assert cell.methods == [PLAIN, OURS]
+    while not cell.done:
+        cell.add(_ran(cell, seconds))
+    report = cell.report()
+    assert report["best_fixed"] == PLAIN
+    assert report["share_of_best"] == pytest.approx(1 / 1.02)
+    assert report["fixed"]["fixed 8"] == pytest.approx(0.25)
+
+
+def test_a_segment_in_which_the_machine_stood_still_counts_as_a_few() -> None:
+    cell = Cell()
+    for turn in range(16):
+        ran = _ran(cell, {})
+        if turn == 3:
+            ran[OURS] = Ran((*ran[OURS].seconds[:-1], 20.0), ran[OURS].result)
+        cell.add(ran)
+    report = cell.report()
+    assert report["seconds"][OURS][3] == pytest.approx(20 + 7 / 8, abs=1e-3)
+    assert report["counted"][OURS][3] == pytest.approx(10 / 8)
+    assert report["ratio"][0] == pytest.approx(math.exp(-math.log(10 / 8) / 16))
+
+
+def test_only_fixed_lengths_are_given_up() -> None:
+    slow = {name: [9.0] * 3 for name in METHODS} | {PLAIN: [1.0] * 3}
+    assert set(losers(slow)) == {name for name in METHODS if name.startswith("fixed")}
+    assert losers({name: own[:2] for name, own in slow.items()}) == []
+    assert losers({name: [1.4] * 3 for name in METHODS} | {PLAIN: [1.0] * 3}) == []
+
+
+def test_the_verdict_names_cells_that_are_slower_unsure_or_different() -> None:
+    good = {"ratio": (1.5, 1.4, 1.6), "share_of_best": 1.0, "forecast_errors": (0.05, 0.2), "own_share": 0.004}
+    good |= {"equal": 4, "explained": 1, "turns": 5}
+    slower, unsure = good | {"ratio": (0.9, 0.88, 0.92)}, good | {"ratio": (1.0, 0.9, 1.1), "explained": 0}
+    found = verdict({"good": good, "slower": slower, "unsure": unsure})
+    assert found["wholly_below_0.97"] == ["slower"]
+    assert found["neither_narrow_nor_above_1"] == ["unsure"]
+    assert found["neither_equal_nor_explained"] == ["unsure"]
+    assert found["forecasts_within_10_percent"] == 0.5
+    assert found["least_ratio"] == 0.9
