@@ -38,10 +38,11 @@ def losers(seconds: Mapping[str, Sequence[float]]) -> list[str]:
 
 @dataclass
 class Cell:
-    """Filled turn by turn. methods: of the next one.  explained: turns whose texts differ, but by rounding alone."""
+    """Filled turn by turn. methods: of the next one.  explained, unexplained: texts that differ, by rounding alone or not."""
 
     methods: list[str] = field(default_factory=lambda: list(METHODS))
     explained: int = 0
+    unexplained: int = 0
     _segments: dict[str, list[tuple[float, ...]]] = field(default_factory=lambda: {name: [] for name in METHODS})
     _equal: int = 0
     _own_s: float = 0.0
@@ -88,6 +89,7 @@ class Cell:
             "counted": {name: [round(own, 4) for own in self._counted(name)] for name in (PLAIN, OURS)},
             "equal": self._equal,
             "explained": self.explained,
+            "unexplained": self.unexplained,
             "fixed": fixed,
             "best_fixed": best,
             "share_of_best": self._over_plain(OURS) / lasted.get(best, 1.0),
@@ -139,7 +141,8 @@ def verdict(cells: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "cells": len(cells),
         "wholly_below_0.97": [key for key, own in cells.items() if own["ratio"][2] < 0.97],
         "neither_narrow_nor_above_1": [key for key, own in cells.items() if not _decided(own["ratio"])],
-        "neither_equal_nor_explained": [key for key, own in cells.items() if own["equal"] + own["explained"] < own["turns"]],
+        "not_equal": [key for key, own in cells.items() if own["equal"] < own["turns"]],
+        "beyond_rounding": [key for key, own in cells.items() if own["unexplained"]],
         "mean_ratio": exp(fmean([log(own["ratio"][0]) for own in cells.values()])),
         "least_ratio": min(own["ratio"][0] for own in cells.values()),
         "mean_share_of_best_fixed": fmean(shares),

@@ -10,7 +10,7 @@ _WINDOW, _ENOUGH, _JUDGED_EVERY, _LUCK = 32, 8, 4, 1.5
 # Rounds that a trial lasts for while nothing is accepted.
 TRIAL = 2
 # Plain rounds until the next trial: at first, doubled each time; at most; and so many that trials cost this share of the time.
-_FIRST_WAIT, _LONGEST_WAIT, _TRIALS_COST = 16, 256, 0.006
+_FIRST_WAIT, _LONGEST_WAIT, _TRIALS_COST = 16, 512, 0.006
 # A wait from which on another text is no reason to try sooner.
 _HOPELESS = 32
 # Plain rounds that a round counts as, at most.

@@ -90,11 +90,11 @@ def test_only_fixed_lengths_are_given_up() -> None:
 
 def test_the_verdict_names_cells_that_are_slower_unsure_or_different() -> None:
     good = {"ratio": (1.5, 1.4, 1.6), "share_of_best": 1.0, "forecast_errors": (0.05, 0.2), "own_share": 0.004}
-    good |= {"equal": 4, "explained": 1, "turns": 5}
-    slower, unsure = good | {"ratio": (0.9, 0.88, 0.92)}, good | {"ratio": (1.0, 0.9, 1.1), "explained": 0}
+    good |= {"equal": 5, "explained": 0, "unexplained": 0, "turns": 5}
+    slower, unsure = good | {"ratio": (0.9, 0.88, 0.92)}, good | {"ratio": (1.0, 0.9, 1.1), "equal": 4, "unexplained": 1}
     found = verdict({"good": good, "slower": slower, "unsure": unsure})
     assert found["wholly_below_0.97"] == ["slower"]
     assert found["neither_narrow_nor_above_1"] == ["unsure"]
-    assert found["neither_equal_nor_explained"] == ["unsure"]
+    assert found["not_equal"] == found["beyond_rounding"] == ["unsure"]
     assert found["forecasts_within_10_percent"] == 0.5
     assert found["least_ratio"] == 0.9
