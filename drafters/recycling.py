@@ -184,26 +184,34 @@ class RecyclingDrafter:
         """Take in the new last tokens, and what the target gave behind every node.
 
         A round whose tree was not the one proposed here teaches nothing. It is known by its requests, the tap's width and the
-        accepted paths and tokens.
+        accepted paths and tokens. Where nothing was proposed and one node was scored, that is the last token.
         """
         proposal, self._proposed = self._proposed, None
         top = committed.taps.get(self.taps[0])
+        if top is not None and proposal is None and top.shape[1] == 1:
+            last = [self._last[request] for request in committed.requests]
+            self._learn(on_device(last, self._device)[:, None], top)
+            self._learned.update(last)
         if proposal is not None and top is not None and proposal.requests == committed.requests:
             trees = proposal.tokens()
             if trees and top.shape[1] >= proposal.tree.tokens.shape[1] and _scored(trees, proposal.layout, committed):
-                self._learn(proposal, top)
+                self._learn(proposal.tree.tokens.masked_fill(~proposal.layout.live, self._scratch), top)
                 self._learned.update(*trees)
         for request, tokens in zip(committed.requests, committed.tokens, strict=True):
             self._last[request] = tokens[-1]
 
-    def _learn(self, proposal: _Proposal, top: Tensor) -> None:
-        """Rows of the tree's tokens; of nodes with one token the last counts, on every device. top: [B, N or more, k]."""
-        tree, scratch = proposal.tree, len(self._matrix) - 1
-        tokens = tree.tokens.masked_fill(~proposal.layout.live, scratch).flatten()
+    @property
+    def _scratch(self) -> int:
+        """The row for padding."""
+        return len(self._matrix) - 1
+
+    def _learn(self, tokens: Tensor, top: Tensor) -> None:
+        """Rows of these tokens [B, N]; of nodes with one token the last counts, on every device. top: [B, N or more, k]."""
+        top, tokens = top[:, : tokens.shape[1]], tokens.flatten()
         stamps = torch.arange(self._clock + 1, self._clock + 1 + len(tokens), device=tokens.device)
         self._stamps.scatter_reduce_(0, tokens, stamps, "amax")
-        rows = torch.where(self._stamps[tokens] == stamps, tokens, scratch)
-        self._matrix.index_copy_(0, rows, top[:, : tree.tokens.shape[1]].reshape(-1, self._top_k).int())
+        rows = torch.where(self._stamps[tokens] == stamps, tokens, self._scratch)
+        self._matrix.index_copy_(0, rows, top.reshape(-1, self._top_k).int())
         self._clock += len(tokens)
 
     def _layout(self, sizes: tuple[tuple[int, int, int], ...]) -> _Layout:

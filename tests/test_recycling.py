@@ -148,6 +148,24 @@ def test_a_round_that_scored_another_tree_teaches_nothing(foreign: str) -> None:
     assert _children(drafter, 5) == [10, 11]
 
 
+def test_a_round_without_a_draft_teaches_the_last_tokens() -> None:
+    drafter = _begun(RecyclingDrafter(top_k=3), [5], [30])
+    drafter.commit(Committed((1, 0), ((7,), (6,)), (0, 0), ((), ()), {TAP: torch.tensor([[[1, 2, 3]], [[4, 5, 6]]])}))
+    assert _children(drafter, 30) == [1, 2, 3]
+    assert _children(drafter, 5) == [4, 5, 6]
+    assert _children(drafter, 7) == []
+
+
+def test_rounds_that_the_planner_keeps_plain_teach() -> None:
+    target = tiny_model()
+    drafter = RecyclingDrafter(top_k=3)
+    inputs = left_padded(prompts((5, 9)))
+    generator = SpeculativeGenerator(target, drafter, planner=FixedPlanner(nodes=0))
+    out = generator.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+    target_top = target(out[1:, :-1]).logits[0, -1].topk(3).indices.tolist()
+    assert _children(drafter, int(out[1, -2])) == target_top
+
+
 def test_the_same_round_teaches_when_it_scored_the_proposal() -> None:
     drafter = _begun(RecyclingDrafter(top_k=3, choices=[(0,), (1,), (0, 0)]), [5])
     _round(drafter, _budget(), [5])
