@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import exp, log, sqrt
-from statistics import fmean, median, stdev
+from statistics import fmean, median, quantiles, stdev
 from typing import Any
 
 from specdec.bench.lockstep import Ran
@@ -24,11 +24,12 @@ _FEWEST, _MOST = 5, 12
 NOT_SLOWER, _DECIDED = 0.97, 6
 # A fixed length is given up in a text when after so many segments it took so many times as long as plain decoding; and after so
 # many turns when it gave less than this share of what the best one, or plain decoding, did.
-_SEGMENTS, _HOPELESS = 3, 1.5
+_SEGMENTS, _HOPELESS = 10, 1.5
 _SWEPT, _WORSE = 2, 0.9
-# A segment counts as so many typical ones of its method, at most: the machine stood still. A turn counts as so far from the median
-# turn, at most, in the logarithm of its ratio.
-_LONGEST, _HIT = 3.0, 0.3
+# A segment counts as so many typical ones of its method, at most, since the machine stood still: in the first turn, in which sizes
+# are run for the first time, and later. Typical is what three of four do not exceed: segments within one round's tokens take
+# no time. A turn counts as so far from the median turn, at most, in the logarithm of its ratio.
+_FIRST_LONGEST, _LONGEST, _HIT = 6.0, 2.0, 0.3
 
 
 def losers(seconds: Mapping[str, Sequence[float]]) -> list[str]:
@@ -106,20 +107,19 @@ class Cell:
         return {name: self._over_plain(name) for name in METHODS if name not in (PLAIN, OURS)}
 
     def _counted(self, name: str) -> list[float]:
-        """Seconds of each turn, no segment longer than what passes for typical."""
-        most = self._most(name)
-        return [sum([min(own, most) for own in turn]) for turn in self._segments[name]]
+        """Seconds of each turn."""
+        return [sum(own) for own in self._cut(name)]
 
-    def _most(self, name: str) -> float:
-        return _LONGEST * median([own for turn in self._segments[name] for own in turn])
+    def _cut(self, name: str) -> list[list[float]]:
+        """Seconds of each turn's segments, none longer than what passes for typical."""
+        typical = quantiles([own for turn in self._segments[name] for own in turn], n=4)[2]
+        longest = [_LONGEST if turn else _FIRST_LONGEST for turn in range(len(self._segments[name]))]
+        return [[min(own, most * typical) for own in turn] for turn, most in zip(self._segments[name], longest, strict=True)]
 
     def _over_plain(self, name: str) -> float:
         """Plain decoding's seconds over this method's, in the segments that both ran."""
-        most, plain_most, logs = self._most(name), self._most(PLAIN), []
-        for own, plain in zip(self._segments[name], self._segments[PLAIN], strict=False):
-            pairs = [(min(theirs, plain_most), min(ours, most)) for theirs, ours in zip(plain, own, strict=False)]
-            logs.append(log(sum([theirs for theirs, _ in pairs]) / sum([ours for _, ours in pairs])))
-        return exp(fmean(logs))
+        turns = zip(self._cut(PLAIN), self._cut(name), strict=False)
+        return exp(fmean([log(sum(plain[: len(own)]) / sum(own)) for plain, own in turns]))
 
 
 def paired_ratio(plain: Sequence[float], ours: Sequence[float]) -> tuple[float, float, float]:

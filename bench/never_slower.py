@@ -1,7 +1,7 @@
 """Is the goodput planner ever slower than plain decoding? `python -P -m specdec.bench.never_slower`.
 
 A grid of batch sizes, drafters from good to adversarial, temperatures and kinds of text. In every cell a fresh planner, plain
-decoding and every fixed length decode the same prompts side by side, 16 tokens each in turn, until the 95 % interval of planner
+decoding and every fixed length decode the same prompts side by side, four tokens each in turn, until the 95 % interval of planner
 to plain decoding is narrow, or above 0.97. Fixed lengths that cannot be the best are given up on the way. Everything that
 a planner does counts, its first rounds and its trials included. Output must equal plain decoding; where it does not under greedy
 decoding, the gap of the logits is compared with rounding in a few texts. `record` notes times and accepted drafts for `replay`,
@@ -30,7 +30,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from specdec import FixedPlanner, GoodputPlanner, SpeculativeGenerator, bundled_path
 from specdec.bench.grid_cell import METHODS, OURS, PLAIN, Cell, losers, verdict
-from specdec.bench.lockstep import TOKENS, Lockstep
+from specdec.bench.lockstep import Lockstep
 from specdec.bench.machine import machine
 from specdec.bench.margin import explain
 from specdec.bench.opponents import KINDS, Watched, opponent
@@ -42,6 +42,8 @@ BATCHES, TEMPERATURES, WORKLOADS = (1, 4, 16), (0.0, 1.0), ("dialogue", "code", 
 _DEPTH = max(LENGTHS)
 # Texts that differ from plain decoding's, of which so many of a cell are looked at: each takes a forward a token.
 _EXPLAINED = 3
+# Tokens that a process decodes before a cell.
+_WARM = 16
 
 app = typer.Typer(add_completion=False)
 Files = Annotated[list[Path] | None, typer.Option("--prompts", help="JSONL with the groups dialogue, code and docs")]
@@ -138,7 +140,7 @@ class _Worker:
         """New tokens of each, what the rounds did, and seconds of the planner itself so far."""
         if job.prompts is None:
             self.generator = self.bench.generator(job.kind, PLAIN)
-            self.bench.run(self.generator, self.bench.batch(WORKLOADS[0], 1, 0), job.temperature, new=TOKENS)
+            self.bench.run(self.generator, self.bench.batch(WORKLOADS[0], 1, 0), job.temperature, new=_WARM)
             if job.method != PLAIN:
                 self.generator = self.bench.generator(job.kind, job.method)
             return None

@@ -17,15 +17,15 @@ _ROUND = RoundStats((0,), (0,), (0,), (0,), 1, 0.1, 0.8, 0.05, 0.05)
 
 
 def _ran(cell: Cell, seconds: dict[str, float], *, slow: dict[str, int] | None = None) -> dict[str, Ran]:
-    """A turn of eight segments, or as many as `slow` says for methods that were given up."""
+    """A turn of 32 segments, or as many as `slow` says for methods that were given up."""
     collector = StatsCollector(1)
     for _ in range(100):
         collector.add(_ROUND, 1.0)
     found = {}
     for name in cell.methods:
-        count = (slow or {}).get(name, 8)
-        result: Any = ([[1, 2]], collector.stats(), 0.5) if count == 8 else None
-        found[name] = Ran((seconds.get(name, 1.0) / 8,) * count, result)
+        count = (slow or {}).get(name, 32)
+        result: Any = ([[1, 2]], collector.stats(), 0.5) if count == 32 else None
+        found[name] = Ran((seconds.get(name, 1.0) / 32,) * count, result)
     return found
 
 
@@ -58,7 +58,7 @@ def test_a_cell_ends_when_its_interval_is_narrow_and_shares_are_of_the_best_leng
 
 def test_where_no_length_pays_the_best_is_plain_decoding() -> None:
     cell, seconds = Cell(), dict.fromkeys(METHODS, 4.0) | {PLAIN: 1.0, OURS: 1.02}
-    cell.add(_ran(cell, seconds, slow=dict.fromkeys([name for name in METHODS if name.startswith("fixed")], 3)))
+    cell.add(_ran(cell, seconds, slow=dict.fromkeys([name for name in METHODS if name.startswith("fixed")], 10)))
     assert cell.methods == [PLAIN, OURS]
     while not cell.done:
         cell.add(_ran(cell, seconds))
@@ -76,16 +76,36 @@ def test_a_segment_in_which_the_machine_stood_still_counts_as_a_few() -> None:
             ran[OURS] = Ran((*ran[OURS].seconds[:-1], 20.0), ran[OURS].result)
         cell.add(ran)
     report = cell.report()
-    assert report["seconds"][OURS][3] == pytest.approx(20 + 7 / 8, abs=1e-3)
-    assert report["counted"][OURS][3] == pytest.approx(10 / 8)
-    assert report["ratio"][0] == pytest.approx(math.exp(-math.log(10 / 8) / 12))
+    assert report["seconds"][OURS][3] == pytest.approx(20 + 31 / 32, abs=1e-3)
+    assert report["counted"][OURS][3] == pytest.approx(33 / 32, abs=1e-4)
+    assert report["ratio"][0] == pytest.approx(math.exp(-math.log(33 / 32) / 12))
+
+
+def test_a_round_of_many_tokens_is_no_pause_of_the_machine() -> None:
+    """Eight tokens a round are two segments, of which the second takes no time."""
+    cell = Cell()
+    for _ in range(5):
+        ran = _ran(cell, {})
+        ran["fixed 8"] = Ran((1 / 32, 1e-5) * 16, ran["fixed 8"].result) if "fixed 8" in ran else ran[PLAIN]
+        cell.add(ran)
+    assert cell.report()["fixed"]["fixed 8"] == pytest.approx(2.0, rel=1e-3)
+
+
+def test_what_starting_costs_counts_whole() -> None:
+    cell = Cell()
+    for turn in range(5):
+        ran = _ran(cell, {})
+        if not turn:
+            ran[OURS] = Ran((*[5 / 32] * 4, *ran[OURS].seconds[4:]), ran[OURS].result)
+        cell.add(ran)
+    assert cell.report()["counted"][OURS] == pytest.approx([1 + 16 / 32, 1, 1, 1, 1])
 
 
 def test_only_fixed_lengths_are_given_up() -> None:
-    slow = {name: [9.0] * 3 for name in METHODS} | {PLAIN: [1.0] * 3}
+    slow = {name: [9.0] * 10 for name in METHODS} | {PLAIN: [1.0] * 10}
     assert set(losers(slow)) == {name for name in METHODS if name.startswith("fixed")}
-    assert losers({name: own[:2] for name, own in slow.items()}) == []
-    assert losers({name: [1.4] * 3 for name in METHODS} | {PLAIN: [1.0] * 3}) == []
+    assert losers({name: own[:9] for name, own in slow.items()}) == []
+    assert losers({name: [1.4] * 10 for name in METHODS} | {PLAIN: [1.0] * 10}) == []
 
 
 def test_the_verdict_names_cells_that_are_slower_unsure_or_different() -> None:
