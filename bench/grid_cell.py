@@ -19,9 +19,9 @@ METHODS: dict[str, int | None] = {PLAIN: 0, OURS: None, **{f"fixed {length}": le
 NARROW = 0.03
 # Turns of a cell: at least, and at most.
 _FEWEST, _MOST = 5, 12
-# What may be lost to plain decoding; turns after which a cell ends whose interval lies above that: it is not slower, and how much
-# faster it is differs from prompt to prompt.
-NOT_SLOWER, _DECIDED = 0.97, 6
+# What may be lost to plain decoding. A cell whose interval lies above that is not slower, and how much faster it is differs from
+# prompt to prompt.
+NOT_SLOWER = 0.97
 # A fixed length is given up in a text when after so many segments it took so many times as long as plain decoding; and after so
 # many turns when it gave less than this share of what the best one, or plain decoding, did.
 _SEGMENTS, _HOPELESS = 10, 1.5
@@ -59,13 +59,10 @@ class Cell:
     @property
     def done(self) -> bool:
         """Whether the interval is narrow, or lies above what counts as slower, or there were turns enough."""
-        if self.turns < _FEWEST:
-            return False
-        _, low, high = self._ratio()
-        return high - low <= 2 * NARROW or (self.turns >= _DECIDED and low > NOT_SLOWER) or self.turns >= _MOST
+        return self.turns >= _MOST or (self.turns >= _FEWEST and _decided(self._ratio()))
 
     def add(self, ran: Mapping[str, Ran]) -> None:
-        """A turn. The result of a method is its tokens, its stats, and seconds of its planner so far."""
+        """A turn. A result begins with the tokens; then come, of OURS, its stats and the seconds of its planner so far."""
         for name, own in ran.items():
             self._segments[name].append(own.seconds)
         said, self._stats, self._own_s = ran[OURS].result

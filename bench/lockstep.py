@@ -74,20 +74,23 @@ class Turns(BaseStreamer):
 
 
 def serve(pipe: Connection, make: Callable[[], Work]) -> None:
-    """Run what is asked for until the pipe is closed. make: what is loaded once."""
+    """Run what is asked for until the pipe is closed, which may be in the middle of a job. make: what is loaded once."""
     work = make()
-    while True:
-        try:
-            job = pipe.recv()
-        except EOFError:
-            return
-        turns = Turns(pipe)
-        try:
-            result = work(job, turns)
-        except GivenUp:
-            pipe.send(Segment(0.0, last=True))
-            continue
-        pipe.send(Segment(turns.seconds, last=True, result=result))
+    try:
+        while True:
+            pipe.send(_done(work, pipe.recv(), pipe))
+    except (EOFError, ConnectionError):
+        return
+
+
+def _done(work: Work, job: Any, pipe: Connection) -> Segment:
+    """The last segment of a job."""
+    turns = Turns(pipe)
+    try:
+        result = work(job, turns)
+    except GivenUp:
+        return Segment(0.0, last=True)
+    return Segment(turns.seconds, last=True, result=result)
 
 
 def _process(pipe: Connection, make: Callable[[], Work]) -> None:
@@ -150,6 +153,6 @@ class Lockstep:
         try:
             self._pipes[method].send(what)
             segment: Segment = self._pipes[method].recv()
-        except (EOFError, BrokenPipeError) as error:
+        except (EOFError, ConnectionError) as error:
             raise SpecDecError(f"the process of {method!r} ended before its job; what it said is above") from error
         return segment

@@ -74,17 +74,23 @@ class Timed:
 
 
 class Bench:
-    """The bundled target and every drafter, and prompts by kind of text."""
+    """The bundled target, its drafters, and prompts by kind of text."""
 
     def __init__(self, prompts: Sequence[Path] | None, new: int) -> None:
         """prompts: files; by default those that ship.  new: tokens to generate for each."""
         self.target: Any = AutoModelForCausalLM.from_pretrained(bundled_path("target")).eval()
         self.target.generation_config.eos_token_id, self.target.generation_config.pad_token_id = None, 0
-        self.drafters = {kind: opponent(kind, self.target.dtype) for kind in KINDS}
+        self._drafters: dict[str, Any] = {}
         tokenizer, self.new = AutoTokenizer.from_pretrained(bundled_path("target")), new
         paths: list[Path | None] = list(prompts or []) or [None]
         found: list[Prompt] = [prompt for path in paths for prompt in load_prompts(path, tokenizer, None, 192)[0]]
         self.prompts = {name: [p.ids for p in found if p.group == name] for name in WORKLOADS}
+
+    def drafter(self, kind: str) -> Any:
+        """One of KINDS, loaded when it is first asked for."""
+        if kind not in self._drafters:
+            self._drafters[kind] = opponent(kind, self.target.dtype)
+        return self._drafters[kind]
 
     def batch(self, workload: str, size: int, turn: int) -> list[tuple[int, ...]]:
         """The prompts of a turn."""
@@ -115,7 +121,7 @@ class Bench:
             return SpeculativeGenerator(self.target, None)
         length = METHODS[method]
         planner: Any = Timed(GoodputPlanner()) if length is None else FixedPlanner(nodes=length, depth=length)
-        return SpeculativeGenerator(self.target, self.drafters[kind], planner=planner)
+        return SpeculativeGenerator(self.target, self.drafter(kind), planner=planner)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,15 +135,16 @@ class _Job:
 
 
 class _Worker:
-    """Decodes in one method's process."""
+    """Decodes in one method's process. generator: of the cell that the last job without prompts was of."""
+
+    generator: SpeculativeGenerator
 
     def __init__(self, prompts: Sequence[Path] | None, new: int) -> None:
         """See `Bench`."""
         self.bench = Bench(prompts, new)
-        self.generator = self.bench.generator(KINDS[0], PLAIN)
 
     def __call__(self, job: _Job, streamer: BaseStreamer) -> Any:
-        """New tokens of each, what the rounds did, and seconds of the planner itself so far."""
+        """New tokens of each; of a planner that is timed, also what the rounds did and the seconds of its own so far."""
         if job.prompts is None:
             self.generator = self.bench.generator(job.kind, PLAIN)
             self.bench.run(self.generator, self.bench.batch(WORKLOADS[0], 1, 0), job.temperature, new=_WARM)
@@ -145,7 +152,8 @@ class _Worker:
                 self.generator = self.bench.generator(job.kind, job.method)
             return None
         said = self.bench.run(self.generator, job.prompts, job.temperature, streamer)
-        return said, self.generator.stats, getattr(self.generator.engine.planner, "own_s", 0.0)
+        planner = self.generator.engine.planner
+        return (said, self.generator.stats, planner.own_s) if isinstance(planner, Timed) else (said,)
 
 
 def _measured(bench: Bench, side_by_side: Lockstep, batch: int, kind: str, temperature: float, workload: str) -> dict[str, Any]:
@@ -213,7 +221,7 @@ def _times(bench: Bench, batch: int) -> Times:
     for turn in range(3):
         for length in LENGTHS:
             planner = FixedPlanner(nodes=length, depth=max(length, 1))
-            generator = SpeculativeGenerator(bench.target, bench.drafters["good"], planner=planner)
+            generator = SpeculativeGenerator(bench.target, bench.drafter("good"), planner=planner)
             bench.run(generator, bench.batch("dialogue", batch, turn), 0.0)
             assert generator.stats is not None
             for stats in generator.stats.history:
@@ -225,7 +233,7 @@ def _times(bench: Bench, batch: int) -> Times:
 
 def _accepted(bench: Bench, kind: str, temperature: float, prompts: list[tuple[int, ...]]) -> tuple[str, ...]:
     """For every text, at each of its tokens, how many of the drafted ones are those that follow."""
-    watched = Watched(bench.drafters[kind], _DEPTH)
+    watched = Watched(bench.drafter(kind), _DEPTH)
     said = bench.run(SpeculativeGenerator(bench.target, watched, planner=1), prompts, temperature)
     return tuple(_agreed(tokens, len(prompt), own) for tokens, prompt, own in zip(said, prompts, watched.drafts, strict=True))
 

@@ -136,7 +136,7 @@ def _sample(name: str, index: int, prompt: Prompt, repeat: int, method: Method) 
     (out, stats), seconds = timed(lambda: method(prompt))
     if stats is None:
         return Sample(name, index, prompt.group, len(out), seconds, len(out), 0.0, 0.0, tuple(out), repeat)
-    round_s = stats.draft_s + stats.target_s + stats.verify_s + stats.other_s
+    round_s = sum(own.total_s for own in stats.requests)
     return Sample(name, index, prompt.group, len(out), seconds, stats.rounds, round_s, stats.forward_s, tuple(out), repeat)
 
 

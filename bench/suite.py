@@ -316,5 +316,5 @@ def _told(stats: Any) -> dict[str, Any]:
         "expected_tokens": sum(r.forecast.tokens for r in known),
         "expected_s": sum(r.forecast.seconds for r in known),
         "realised_tokens": float(sum(len(r.requests) + sum(r.accepted) for r in known)),
-        "realised_s": sum(r.draft_s + r.target_s + r.verify_s + r.other_s for r in known),
+        "realised_s": sum(r.seconds for r in known),
     }

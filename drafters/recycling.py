@@ -188,11 +188,9 @@ class RecyclingDrafter:
         """
         proposal, self._proposed = self._proposed, None
         top = committed.taps.get(self.taps[0])
-        if top is not None and proposal is None and top.shape[1] == 1:
-            last = [self._last[request] for request in committed.requests]
-            self._learn(on_device(last, self._device)[:, None], top)
-            self._learned.update(last)
-        if proposal is not None and top is not None and proposal.requests == committed.requests:
+        if top is not None and proposal is None:
+            self._learn_last(committed.requests, top)
+        elif top is not None and proposal is not None and proposal.requests == committed.requests:
             trees = proposal.tokens()
             if trees and top.shape[1] >= proposal.tree.tokens.shape[1] and _scored(trees, proposal.layout, committed):
                 self._learn(proposal.tree.tokens.masked_fill(~proposal.layout.live, self._scratch), top)
@@ -204,6 +202,13 @@ class RecyclingDrafter:
     def _scratch(self) -> int:
         """The row for padding."""
         return len(self._matrix) - 1
+
+    def _learn_last(self, requests: tuple[int, ...], top: Tensor) -> None:
+        """Rows of the last tokens, where they alone were scored. top: [B, 1, k]; wider ones are of another drafter's trees."""
+        if top.shape[1] == 1:
+            last = [self._last[request] for request in requests]
+            self._learn(on_device(last, self._device)[:, None], top)
+            self._learned.update(last)
 
     def _learn(self, tokens: Tensor, top: Tensor) -> None:
         """Rows of these tokens [B, N]; of nodes with one token the last counts, on every device. top: [B, N or more, k]."""

@@ -90,6 +90,15 @@ def test_a_process_that_ends_is_told_by_name() -> None:
         side_by_side.run({"other": None})
 
 
+def test_serving_ends_when_the_pipe_is_closed_in_the_middle_of_a_job() -> None:
+    ours, theirs = Pipe()
+    ours.send((3 * TOKENS, 0.0))
+    ours.close()
+    work = _Counts()
+    serve(theirs, lambda: work)
+    assert work.jobs == 1
+
+
 def test_serving_ends_with_the_pipe() -> None:
     ours, theirs = Pipe()
     ours.close()
