@@ -126,7 +126,7 @@ class Bench:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """A method's part of a turn. prompts: None to get ready for a cell: a fresh planner, and a warm process."""
+    """A method's part of a turn. prompts: None to get ready for a cell: a warm process, and a fresh generator and planner."""
 
     method: str
     kind: str
@@ -146,10 +146,10 @@ class _Worker:
     def __call__(self, job: _Job, streamer: BaseStreamer) -> Any:
         """New tokens of each; of a planner that is timed, also what the rounds did and the seconds of its own so far."""
         if job.prompts is None:
-            self.generator = self.bench.generator(job.kind, PLAIN)
-            self.bench.run(self.generator, self.bench.batch(WORKLOADS[0], 1, 0), job.temperature, new=_WARM)
-            if job.method != PLAIN:
-                self.generator = self.bench.generator(job.kind, job.method)
+            warm = self.bench.generator(job.kind, PLAIN)
+            self.bench.run(warm, self.bench.batch(WORKLOADS[0], 1, 0), job.temperature, new=_WARM)
+            # What sizes take to get ready is paid by every method, plain decoding too.
+            self.generator = self.bench.generator(job.kind, job.method)
             return None
         said = self.bench.run(self.generator, job.prompts, job.temperature, streamer)
         planner = self.generator.engine.planner

@@ -84,4 +84,4 @@ def draft_options(model: nn.Module) -> RunnerOptions:
     slow = any(p.dtype in (torch.bfloat16, torch.float16) for p in weights) and not cpu_has_fast_bf16()
     small = sum(p.numel() for p in weights) * 4 <= RunnerOptions().pack_limit_bytes
     on_cpu = all(p.device.type == "cpu" for p in weights)
-    return RunnerOptions(compute=torch.float32 if slow and small and on_cpu else None, row_invariant=False)
+    return RunnerOptions(compute=torch.float32 if slow and small and on_cpu else None, row_invariant=False, trust_captures=True)

@@ -3,12 +3,14 @@
 A small model spends most of a forward in Python: modules, decorators, argument handling. The capture records the tensor
 operations of one forward and writes them down as one straight function: the same operations in the same order, as a CUDA
 graph would replay them. Ids, positions and the attention context are inputs, so one capture per number of rows serves every
-tree; shapes are those of the recording.
+tree. Shapes are those of the recording; two recordings tell which of their numbers follow the number of rows.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +23,9 @@ Forward = Callable[[Tensor, Tensor, Any], Outputs]
 _BRANCHING = frozenset({"item", "__bool__", "__int__", "__float__", "__index__", "tolist", "nonzero", "__iter__"})
 # These return their input's values unchanged where shape, dtype and device come out the same.
 _IDENTITIES = frozenset({"to", "float", "type_as", "view", "reshape", "contiguous", "detach", "expand", "flatten"})
+
+# Between names and numbers.
+_WORDS = re.compile(r"(\W+)")
 
 
 class _CannotCapture(Exception):
@@ -126,11 +131,28 @@ def _alike(a: Tensor, b: Tensor) -> bool:
     return (a.shape, a.dtype, a.device, a.stride()) == (b.shape, b.dtype, b.device, b.stride())
 
 
-def capture(forward: Forward, tokens: Tensor, positions: Tensor, context: Any) -> tuple[Outputs, Forward] | str:
-    """Run the forward, and give its results and itself for this many rows as one straight function; or why that cannot be.
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """A forward written down. rows: that it was of.  lines: its operations, `constants` by their names in them.  results: names."""
 
-    forward: (tokens [1, R], positions [1, R], context) to a tuple of tensors. The function takes the same arguments and gives
-    the same values, bit for bit; the caller checks that once on real inputs.
+    rows: int
+    lines: tuple[str, ...]
+    results: str
+    constants: dict[str, Any]
+
+    def function(self) -> Forward:
+        """It as one straight function: the same arguments and values, bit for bit; the caller checks that once on real inputs."""
+        body = ["attend, R = context.attend, tokens.shape[1]", *_forgetting(self.lines, self.results), f"return ({self.results},)"]
+        source, namespace = "\n    ".join(body), dict(self.constants)
+        exec(compile(f"def run(tokens, positions, context):\n    {source}\n", "<captured forward>", "exec"), namespace)
+        run: Forward = namespace["run"]
+        return run
+
+
+def capture(forward: Forward, tokens: Tensor, positions: Tensor, context: Any) -> tuple[Outputs, Recording] | str:
+    """Run the forward, and give its results and what it did for this many rows; or why that cannot be written down.
+
+    forward: (tokens [1, R], positions [1, R], context) to a tuple of tensors.
     """
     recorder = _Recorder((tokens, positions), context)
     try:
@@ -139,13 +161,51 @@ def capture(forward: Forward, tokens: Tensor, positions: Tensor, context: Any) -
         names = recorder.outputs(results)
     except _CannotCapture as reason:
         return str(reason)
-    body = "\n    ".join(["attend = context.attend", *_forgetting(recorder.lines, names), f"return ({names},)"])
-    namespace = dict(recorder.constants)
-    exec(compile(f"def run(tokens, positions, context):\n    {body}\n", "<captured forward>", "exec"), namespace)
-    return results, namespace["run"]
+    return results, Recording(tokens.shape[1], tuple(recorder.lines), names, recorder.constants)
 
 
-def _forgetting(lines: list[str], results: str) -> list[str]:
+def for_any_rows(first: Recording, second: Recording) -> Recording | None:
+    """What two recordings of other numbers of rows R have in common, with every whole number that is k R in both written as that.
+
+    None where they differ in anything else. That it holds for a third number of rows is likely and has to be checked.
+    """
+    if len(first.lines) != len(second.lines) or first.results != second.results:
+        return None
+    lines = []
+    for one, other in zip(first.lines, second.lines, strict=True):
+        line = _in_common(first, second, one, other)
+        if line is None:
+            return None
+        lines.append(line)
+    return Recording(0, tuple(lines), first.results, first.constants)
+
+
+def _in_common(first: Recording, second: Recording, one: str, other: str) -> str | None:
+    """A line for any number of rows."""
+    words, others = _WORDS.split(one), _WORDS.split(other)
+    if len(words) != len(others):
+        return None
+    common = [_word(first, second, *pair) for pair in zip(words, others, strict=True)]
+    return "".join(word for word in common if word is not None) if None not in common else None
+
+
+def _word(first: Recording, second: Recording, one: str, other: str) -> str | None:
+    """A name, a number or what stands between them."""
+    if one == other:
+        return one
+    if one in first.constants and other in second.constants:
+        return one if _equal(first.constants[one], second.constants[other]) else None
+    if not (one.isdigit() and other.isdigit()) or int(one) % first.rows or int(one) * second.rows != int(other) * first.rows:
+        return None
+    return f"({int(one) // first.rows} * R)"
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two constants are the same object, or equal ones that are no tensors."""
+    return one is other or (type(one) is type(other) and not isinstance(one, Tensor) and bool(one == other))
+
+
+def _forgetting(lines: Sequence[str], results: str) -> list[str]:
     """The lines without those whose value nobody uses, each value dropped after its last use to free its memory."""
     used = {name.strip() for name in results.split(",")}
     kept: list[str] = []

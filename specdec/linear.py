@@ -170,6 +170,13 @@ def group_sizes(rows: int) -> list[int]:
     return [rows // groups + (i < rows % groups) for i in range(groups)]
 
 
+def kind_of(rows: int, *, grouped: bool) -> int:
+    """Equal for numbers of rows that run the same operations: up to 3, apart from one alone; each in groups; and wide ones."""
+    if rows <= _GROUP:
+        return min(rows, 2)
+    return rows if grouped and rows <= _GROUPED_ROWS else _GROUPED_ROWS + 1
+
+
 def cpu_has_fast_bf16() -> bool:
     """Whether bf16 products run on this CPU without converting the weights first."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

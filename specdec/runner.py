@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any, Literal
 
@@ -12,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from specdec.cache import KVCache, check_memory
-from specdec.capture import Forward, capture
 from specdec.chains import CapturedChains
 from specdec.examine import examine, most_positions
+from specdec.flat import FlatForwards
 from specdec.graphs import CapturedForwards, CudaGraphs, Recorder
 from specdec.kernels.dispatch import SLOT_TILE, AttentionContext, Backend, choose_backend
 from specdec.kernels.rows import Rows, padded_index
 from specdec.kernels.transfer import on_device
-from specdec.linear import pack_linears, packable
+from specdec.linear import kind_of, pack_linears, packable
 from specdec.rounds import CapturedRounds, WholeRound
 from specdec.rows import chain_rows, doubled_row, tree_rows
 from specdec.taps import TapReader
@@ -29,6 +30,8 @@ from specdec.types import Scores, TokenTree
 logger = logging.getLogger(__name__)
 
 Switch = Literal["auto", "off"]
+# See `RunnerOptions.trust_captures`.
+_TRUSTED_AFTER = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +40,12 @@ class RunnerOptions:
 
     compute: run a converted copy of the weights instead of sharing them; for draft models, whose rounding is free.
     row_invariant: on a CPU, a token's logits are the same bits whether 1 or up to 8 rows are scored together.
-    capture_after: eager forwards of one size before it is captured.  pack_limit_bytes: most memory for packed weights.
-    cache_limit_bytes: most memory for keys and values; None means what is free on a GPU.  prefill_rows: most prompt rows in
-    one forward, so that the mask of a long prompt stays small.  compile: "layers" fuses decoder layers through torch.compile, which
-    takes a minute when they first run.  share_from: slots from which equal prompts are read once.
+    capture_after: eager forwards of one size, on a CPU of those that are run alike, before the next capture.  trust_captures: on a
+    CPU, two captures that agreed for two further sizes with the eager forward serve all that are run alike.
+    pack_limit_bytes: most memory for packed weights.  cache_limit_bytes: most memory for keys and values; None means what is free
+    on a GPU.  prefill_rows: most prompt rows in one forward, so that the mask of a long prompt stays small.  compile: "layers"
+    fuses decoder layers through torch.compile, which takes a minute when they first run.  share_from: slots from which equal
+    prompts are read once.
     """
 
     attention: Backend = "auto"
@@ -49,6 +54,7 @@ class RunnerOptions:
     compute: torch.dtype | None = None
     row_invariant: bool = True
     capture_after: int = 4
+    trust_captures: bool = False
     max_captures: int = 64
     pack_limit_bytes: int = 2 << 30
     cache_limit_bytes: int | None = None
@@ -91,16 +97,14 @@ class ModelRunner:
         self._chains: CapturedChains | None = None
         if self._can_graph():
             self.use_graphs(CudaGraphs())
-        self._seen_sizes: dict[int, int] = {}
-        self._captured: dict[int, Forward] = {}
-        self._no_capture = self._why_no_capture(text)
+        self.flat = self._flat_forwards(self._why_no_capture(text))
         self.forward_s, self._cold = 0.0, 0
 
     @property
     def cold(self) -> int:
         """See above."""
         replayed = (self._graphs, self._rounds, self._chains)
-        return self._cold + sum([each.captures.cold for each in replayed if each is not None])
+        return self._cold + self.flat.cold + sum([each.captures.cold for each in replayed if each is not None])
 
     def _pack(self) -> list[Any]:
         if self.options.pack == "off" or not self.twin.copied:
@@ -141,11 +145,17 @@ class ModelRunner:
             return "its rotary embedding branches on the length"
         return None
 
+    def _flat_forwards(self, refused: str | None) -> FlatForwards:
+        after, most = self.options.capture_after, self.options.max_captures
+        kind = partial(kind_of, grouped=bool(self._packed) and self.options.row_invariant)
+        trusted, name = _TRUSTED_AFTER if self.options.trust_captures else None, type(self.twin.model).__name__
+        return FlatForwards(name, self._eager, kind, after=after, most=most, trusted_after=trusted, refused=refused)
+
     def begin(self, num_requests: int, capacity: int) -> None:
         """Start a batch with an empty cache. capacity: slots a request, drafted nodes included."""
         changed = [layer.refresh() for layer in self._packed]
         if any(changed):
-            self._captured.clear()
+            self.flat.clear()
         if self._graphs is not None and self.cache.fits(num_requests, capacity):
             self.cache.reset(num_requests)
             return
@@ -235,11 +245,7 @@ class ModelRunner:
         if replayed is not None:
             self.forward_s += perf_counter() - began
             return replayed
-        captured = self._captured.get(rows.tokens.shape[1])
-        if captured is None and self._is_to_capture(rows.tokens.shape[1]):
-            out = self._capture(rows)
-        else:
-            out = (captured or self._eager)(rows.tokens, rows.positions, self._context(rows))
+        out = self.flat(rows.tokens, rows.positions, partial(self._context, rows))
         self.forward_s += perf_counter() - began
         return out
 
@@ -254,35 +260,3 @@ class ModelRunner:
         out = self.twin(input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=False, tree_ctx=context, **kwargs)
         logits = out.logits[0]
         return (logits, *self._taps.read(logits))
-
-    def _is_to_capture(self, size: int) -> bool:
-        """Whether this size has come often enough."""
-        self._seen_sizes[size] = self._seen_sizes.get(size, 0) + 1
-        self._cold += self._seen_sizes[size] == 1
-        return (
-            self._no_capture is None
-            and self._seen_sizes[size] >= self.options.capture_after
-            and len(self._captured) < self.options.max_captures
-        )
-
-    def _capture(self, rows: Rows) -> tuple[Tensor, ...]:
-        """Run the rows and capture their size on the way; the capture is kept only if it agrees bit for bit."""
-        self._cold += 1
-        found = capture(self._eager, rows.tokens, rows.positions, self._context(rows))
-        if isinstance(found, str):
-            reason, expected = found, self._eager(rows.tokens, rows.positions, self._context(rows))
-        else:
-            expected, run = found
-            again = run(rows.tokens, rows.positions, self._context(rows))
-            if all(torch.equal(a, b) for a, b in zip(expected, again, strict=True)) or _both_nan(expected, again):
-                self._captured[rows.tokens.shape[1]] = run
-                return expected
-            reason = "the captured forward differs from the eager one"
-        self._no_capture = reason
-        self._captured.clear()
-        logger.warning("specdec runs %s without capture: %s", type(self.twin.model).__name__, reason)
-        return expected
-
-
-def _both_nan(expected: tuple[Tensor, ...], again: tuple[Tensor, ...]) -> bool:
-    return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(expected, again, strict=True))

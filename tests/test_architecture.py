@@ -23,6 +23,7 @@ ORDER = (
         "specdec.cache",
         "specdec.linear",
         "specdec.capture",
+        "specdec.flat",
         "specdec.graphs",
         "specdec.round_inputs",
         "specdec.rounds",

@@ -94,8 +94,8 @@ def test_captured_forward_is_bit_identical(family: str) -> None:
         assert torch.equal(eager.score(tree).logits, captured.score(tree).logits)
         for runner in (eager, captured):
             runner.commit([[1, 3]])
-    assert captured._no_capture is None, captured._no_capture
-    assert 6 in captured._captured
+    assert captured.flat.refused is None, captured.flat.refused
+    assert 6 in captured.flat
 
 
 @pytest.mark.parametrize("capture", ["auto", "off"])
@@ -252,5 +252,5 @@ def test_the_first_forward_of_a_size_and_the_one_that_captures_it_are_cold() -> 
         before = runner.cold
         runner.score(_trees([7], (size,)))
         cold.append(runner.cold - before)
-    assert runner._no_capture is None, runner._no_capture
+    assert runner.flat.refused is None, runner.flat.refused
     assert cold == [1, 0, 1, 0, 0, 1]

@@ -1,0 +1,139 @@
+"""Forwards on a CPU, written out as flat lists of operations once their kind has come a few times.
+
+Two sizes of a kind are recorded. What they have in common serves every further size of that kind from its second forward on, after
+one forward in which it has to agree bit for bit with the eager one; where rounding is free, so many sizes that agree speak for all.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdec.capture import Forward, Outputs, Recording, capture, for_any_rows
+
+logger = logging.getLogger(__name__)
+# What a function that was written for other numbers of rows may raise where it does not fit.
+_UNFIT = (RuntimeError, ValueError, IndexError)
+
+
+class FlatForwards:
+    """The forwards of one model by number of rows. refused: why nothing is written out, or None.
+
+    cold: calls so far that wrote out their size, or were its first while that is not trusted.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        eager: Forward,
+        kind: Callable[[int], int],
+        *,
+        after: int,
+        most: int,
+        trusted_after: int | None = None,
+        refused: str | None = None,
+    ) -> None:
+        """name: of the model.  eager: its forward.  kind: equal for numbers of rows that are run alike.
+
+        after: eager forwards of a kind until the next recording.  most: recordings.  trusted_after: sizes that have to agree before
+        others of their kind need not; None for all.
+        """
+        self._name, self._eager, self._kind, self._after, self._most = name, eager, kind, after, most
+        self._trusted_after, self.refused, self.cold = trusted_after, refused, 0
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all functions, since the weights have changed."""
+        self._runs: dict[int, Forward] = {}
+        self._recordings: dict[int, list[Recording]] = {}
+        self._for_any: dict[int, Forward] = {}
+        self._agreed: dict[int, int] = {}
+        self._eagerly: dict[int, int] = {}
+        self._seen: set[int] = set()
+
+    def __contains__(self, rows: int) -> bool:
+        """Whether so many rows run written out."""
+        return rows in self._runs
+
+    @property
+    def recorded(self) -> int:
+        """Sizes that were recorded themselves."""
+        return sum(map(len, self._recordings.values()))
+
+    def __call__(self, tokens: Tensor, positions: Tensor, context: Callable[[], Any]) -> Outputs:
+        """Logits and taps, as the eager forward gives them. context: makes what a forward attends by."""
+        rows = tokens.shape[1]
+        run = self._runs.get(rows)
+        if run is not None:
+            return run(tokens, positions, context())
+        if self.refused is not None:
+            return self._eager(tokens, positions, context())
+        first, kind = rows not in self._seen, self._kind(rows)
+        self._seen.add(rows)
+        if first and kind in self._for_any:
+            return self._fit(tokens, positions, context)
+        self._eagerly[kind] = self._eagerly.get(kind, 0) + 1
+        due = self._eagerly[kind] >= self._after and self.recorded < self._most
+        self.cold += first or due
+        return self._record(tokens, positions, context) if due else self._eager(tokens, positions, context())
+
+    def _fit(self, tokens: Tensor, positions: Tensor, context: Callable[[], Any]) -> Outputs:
+        """A new size by what is written for any: kept for it if it agrees with the eager forward, or if enough others did."""
+        rows = tokens.shape[1]
+        kind = self._kind(rows)
+        run, agreed = self._for_any[kind], self._agreed.get(kind, 0)
+        trusted = self._trusted_after is not None and agreed >= self._trusted_after
+        try:
+            again = run(tokens, positions, context())
+        except _UNFIT as error:
+            logger.debug("%d rows of %s need a recording of their own: %s", rows, self._name, error)
+            again = None
+        if trusted and again is not None:
+            self._runs[rows] = run
+            return again
+        self.cold += 1
+        expected = self._eager(tokens, positions, context())
+        if again is not None and _same(expected, again):
+            self._runs[rows], self._agreed[kind] = run, agreed + 1
+        return expected
+
+    def _record(self, tokens: Tensor, positions: Tensor, context: Callable[[], Any]) -> Outputs:
+        """Run the rows and write them down on the way; that is kept only if it agrees."""
+        found = capture(self._eager, tokens, positions, context())
+        if isinstance(found, str):
+            self._refuse(found)
+            return self._eager(tokens, positions, context())
+        expected, recording = found
+        run = self._function(recording)
+        if _same(expected, run(tokens, positions, context())):
+            self._runs[recording.rows] = run
+        else:
+            self._refuse("the captured forward differs from the eager one")
+        return expected
+
+    def _function(self, recording: Recording) -> Forward:
+        """Of a recording; for any number of rows of its kind where an earlier one differs in that number only."""
+        kind = self._kind(recording.rows)
+        self._eagerly[kind] = 0
+        earlier = self._recordings.setdefault(kind, [])
+        common = [both for both in (for_any_rows(one, recording) for one in earlier) if both is not None]
+        earlier.append(recording)
+        run = (common[0] if common else recording).function()
+        if common:
+            self._for_any[kind] = run
+        return run
+
+    def _refuse(self, reason: str) -> None:
+        self.refused = reason
+        self.clear()
+        logger.warning("specdec runs %s without capture: %s", self._name, reason)
+
+
+def _same(expected: Outputs, again: Outputs) -> bool:
+    """Bit for bit, a NaN for a NaN."""
+    pairs = list(zip(expected, again, strict=True))
+    return all(torch.equal(a, b) for a, b in pairs) or all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
