@@ -18,7 +18,7 @@ PLAIN, OURS = "plain", "goodput"
 METHODS: dict[str, int | None] = {PLAIN: 0, OURS: None, **{f"fixed {length}": length for length in LENGTHS[1:]}}
 NARROW = 0.03
 # Turns of a cell: at least, and at most.
-_FEWEST, _MOST = 5, 12
+_FEWEST, _MOST = 8, 12
 # What may be lost to plain decoding. A cell whose interval lies above that is not slower, and how much faster it is differs from
 # prompt to prompt.
 NOT_SLOWER = 0.97

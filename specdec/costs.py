@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import accumulate
 
@@ -99,10 +99,19 @@ class Curve:
 
     def hoped(self, size: float) -> float:
         """The least that it may take: growing half as fast as expected beyond the largest known size."""
-        known = [self._typical[own] for own in self._sizes if own <= size and self._fresh(own) >= _KNOWN]
-        if not known or (len(known) < 2 and not self._in_steps):
-            return known[-1] if known else self._seconds()[0]
-        return known[-1] + _HOPED_GROWTH * max(self.at(size) - known[-1], 0.0)
+        return self.all_hoped((size,))[0]
+
+    def all_hoped(self, sizes: Sequence[float]) -> list[float]:
+        """As `hoped`, of each of these sizes, which ascend."""
+        fresh = [own for own in self._sizes if self._fresh(own) >= _KNOWN]
+        found, below = [], 0
+        for size in sizes:
+            while below < len(fresh) and fresh[below] <= size:
+                below += 1
+            known = self._typical[fresh[below - 1]] if below else self._seconds()[0]
+            grows = below >= 2 or (below and self._in_steps)
+            found.append(known + _HOPED_GROWTH * max(self.at(size) - known, 0.0) if grows else known)
+        return found
 
     def at(self, size: float) -> float:
         """Seconds: measured, interpolated between measured neighbours, or carried on beyond the last ones."""
@@ -219,9 +228,9 @@ class CostModel:
 
         share: of what is asked for that is drafted.  hoped: the least that they can take, see `Curve.hoped`.
         """
-        curve = self._curve_of(batch)
-        value, pace, always = curve.hoped if hoped else curve.at, self._pace, self._slope.seconds * context
-        return [pace * value(batch + share * nodes) + always for nodes in range(most + 1)]
+        curve, pace, always = self._curve_of(batch), self._pace, self._slope.seconds * context
+        sizes = [batch + share * nodes for nodes in range(most + 1)]
+        return [pace * own + always for own in (curve.all_hoped(sizes) if hoped else map(curve.at, sizes))]
 
     def draft(self, name: str, width: int, batch: int, depth: int, *, hoped: bool = False) -> float:
         """Seconds of a draft of this depth; a drafter of which little was measured is hoped to be free."""

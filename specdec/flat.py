@@ -70,14 +70,12 @@ class FlatForwards:
         run = self._runs.get(rows)
         if run is not None:
             return run(tokens, positions, context())
-        if self.refused is not None:
-            return self._eager(tokens, positions, context())
         first, kind = rows not in self._seen, self._kind(rows)
         self._seen.add(rows)
         if first and kind in self._for_any:
             return self._fit(tokens, positions, context)
         self._eagerly[kind] = self._eagerly.get(kind, 0) + 1
-        due = self._eagerly[kind] >= self._after and self.recorded < self._most
+        due = self.refused is None and self._eagerly[kind] >= self._after and self.recorded < self._most
         self.cold += first or due
         return self._record(tokens, positions, context) if due else self._eager(tokens, positions, context())
 
@@ -111,9 +109,10 @@ class FlatForwards:
         run = self._function(recording)
         if _same(expected, run(tokens, positions, context())):
             self._runs[recording.rows] = run
-        else:
-            self._refuse("the captured forward differs from the eager one")
-        return expected
+            return expected
+        self._refuse("the captured forward differs from the eager one")
+        # The keys and values in the cache are those of the last forward.
+        return self._eager(tokens, positions, context())
 
     def _function(self, recording: Recording) -> Forward:
         """Of a recording; for any number of rows of its kind where an earlier one differs in that number only."""

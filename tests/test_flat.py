@@ -141,6 +141,34 @@ def test_other_kinds_and_other_weights_share_nothing() -> None:
     assert flat.recorded == 1
 
 
+def test_keys_and_values_are_those_of_the_forward_that_counts() -> None:
+    kept: list[Tensor] = []
+
+    class Keeps:
+        def attend(self, query: Tensor, key: Tensor, value: Tensor, *how: Any) -> Tensor:
+            kept.append(value.clone())
+            return value
+
+    def noisy(tokens: Tensor, positions: Tensor, context: Any) -> tuple[Tensor, ...]:
+        x = TABLE[tokens[0]] + torch.rand(1)
+        return (context.attend(x, x, x, 0, 1.0, None, None, None),)
+
+    flat = flat_of(noisy)
+    for _ in range(3):
+        assert torch.equal(flat(*ids(4), Keeps)[0], kept[-1])
+    assert flat.refused == "the captured forward differs from the eager one"
+
+
+def test_a_model_that_is_not_captured_tells_the_first_forward_of_a_size() -> None:
+    flat, cold = FlatForwards("a model", plain, lambda rows: 0, after=1, most=64, refused="switched off"), []
+    for rows in (4, 4, 7, 4):
+        before = flat.cold
+        check(flat, plain, rows, times=1)
+        cold.append(flat.cold - before)
+    assert cold == [1, 0, 1, 0]
+    assert flat.recorded == 0
+
+
 def test_recordings_end_at_the_most() -> None:
     flat = flat_of(by_number, most=2)
     for rows in (4, 7, 5):

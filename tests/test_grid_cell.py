@@ -41,7 +41,7 @@ def test_a_turn_that_the_machine_was_slow_in_moves_the_ratio_little_and_what_sta
 
 def test_a_cell_ends_when_its_interval_is_narrow_and_shares_are_of_the_best_length() -> None:
     cell, seconds = Cell(), {PLAIN: 1.0, OURS: 0.6, "fixed 2": 0.5, "fixed 3": 0.53}
-    for _ in range(5):
+    for _ in range(8):
         assert not cell.done
         cell.add(_ran(cell, seconds))
     assert cell.done
@@ -51,8 +51,8 @@ def test_a_cell_ends_when_its_interval_is_narrow_and_shares_are_of_the_best_leng
     assert report["best_fixed"] == "fixed 2"
     assert report["share_of_best"] == pytest.approx(0.5 / 0.6)
     assert report["fixed"]["fixed 1"] == pytest.approx(1.0)
-    assert report["equal"] == report["turns"] == 5
-    assert report["own_share"] == pytest.approx(0.5 / 500)
+    assert report["equal"] == report["turns"] == 8
+    assert report["own_share"] == pytest.approx(0.5 / 800)
     json.dumps(report)
 
 
