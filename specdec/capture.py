@@ -145,7 +145,8 @@ class Recording:
         body = ["attend, R = context.attend, tokens.shape[1]", *_forgetting(self.lines, self.results), f"return ({self.results},)"]
         source, namespace = "\n    ".join(body), dict(self.constants)
         exec(compile(f"def run(tokens, positions, context):\n    {source}\n", "<captured forward>", "exec"), namespace)
-        run: Forward = namespace["run"]
+        # Out of its own globals, so that it goes, and the weights with it, when nobody holds it any more.
+        run: Forward = namespace.pop("run")
         return run
 
 

@@ -29,7 +29,6 @@ class FlatForwards:
     def __init__(
         self,
         name: str,
-        eager: Forward,
         kind: Callable[[int], int],
         *,
         after: int,
@@ -37,12 +36,12 @@ class FlatForwards:
         trusted_after: int | None = None,
         refused: str | None = None,
     ) -> None:
-        """name: of the model.  eager: its forward.  kind: equal for numbers of rows that are run alike.
+        """name: of the model.  kind: equal for numbers of rows that are run alike.
 
         after: eager forwards of a kind until the next recording.  most: recordings.  trusted_after: sizes that have to agree before
         others of their kind need not; None for all.
         """
-        self._name, self._eager, self._kind, self._after, self._most = name, eager, kind, after, most
+        self._name, self._kind, self._after, self._most = name, kind, after, most
         self._trusted_after, self.refused, self.cold = trusted_after, refused, 0
         self.clear()
 
@@ -64,8 +63,11 @@ class FlatForwards:
         """Sizes that were recorded themselves."""
         return sum(map(len, self._recordings.values()))
 
-    def __call__(self, tokens: Tensor, positions: Tensor, context: Callable[[], Any]) -> Outputs:
-        """Logits and taps, as the eager forward gives them. context: makes what a forward attends by."""
+    def __call__(self, eager: Forward, tokens: Tensor, positions: Tensor, context: Callable[[], Any]) -> Outputs:
+        """Logits and taps, as the eager forward gives them. context: makes what a forward attends by.
+
+        eager: of the model, each time the same; kept here it would keep its owner, and with that these, alive.
+        """
         rows = tokens.shape[1]
         run = self._runs.get(rows)
         if run is not None:
@@ -73,13 +75,13 @@ class FlatForwards:
         first, kind = rows not in self._seen, self._kind(rows)
         self._seen.add(rows)
         if first and kind in self._for_any:
-            return self._fit(tokens, positions, context)
+            return self._fit(eager, tokens, positions, context)
         self._eagerly[kind] = self._eagerly.get(kind, 0) + 1
         due = self.refused is None and self._eagerly[kind] >= self._after and self.recorded < self._most
         self.cold += first or due
-        return self._record(tokens, positions, context) if due else self._eager(tokens, positions, context())
+        return self._record(eager, tokens, positions, context) if due else eager(tokens, positions, context())
 
-    def _fit(self, tokens: Tensor, positions: Tensor, context: Callable[[], Any]) -> Outputs:
+    def _fit(self, eager: Forward, tokens: Tensor, positions: Tensor, context: Callable[[], Any]) -> Outputs:
         """A new size by what is written for any: kept for it if it agrees with the eager forward, or if enough others did."""
         rows = tokens.shape[1]
         kind = self._kind(rows)
@@ -94,17 +96,17 @@ class FlatForwards:
             self._runs[rows] = run
             return again
         self.cold += 1
-        expected = self._eager(tokens, positions, context())
+        expected = eager(tokens, positions, context())
         if again is not None and _same(expected, again):
             self._runs[rows], self._agreed[kind] = run, agreed + 1
         return expected
 
-    def _record(self, tokens: Tensor, positions: Tensor, context: Callable[[], Any]) -> Outputs:
+    def _record(self, eager: Forward, tokens: Tensor, positions: Tensor, context: Callable[[], Any]) -> Outputs:
         """Run the rows and write them down on the way; that is kept only if it agrees."""
-        found = capture(self._eager, tokens, positions, context())
+        found = capture(eager, tokens, positions, context())
         if isinstance(found, str):
             self._refuse(found)
-            return self._eager(tokens, positions, context())
+            return eager(tokens, positions, context())
         expected, recording = found
         run = self._function(recording)
         if _same(expected, run(tokens, positions, context())):
@@ -112,7 +114,7 @@ class FlatForwards:
             return expected
         self._refuse("the captured forward differs from the eager one")
         # The keys and values in the cache are those of the last forward.
-        return self._eager(tokens, positions, context())
+        return eager(tokens, positions, context())
 
     def _function(self, recording: Recording) -> Forward:
         """Of a recording; for any number of rows of its kind where an earlier one differs in that number only."""

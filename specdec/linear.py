@@ -104,12 +104,15 @@ class SharedInput:
 
     def __init__(self, parts: Sequence[nn.Linear], *, grouped: bool) -> None:
         """parts: layers of one input width, all with bias or all without."""
-        self.parts = [SharedLinear(part, self, i) for i, part in enumerate(parts)]
         self._sources, self._grouped = list(parts), grouped
         self._whole: PackedLinear | None = None
         self._versions: list[int] = []
         self._input: Tensor | None = None
         self._outputs: tuple[Tensor, ...] = ()
+
+    def layers(self) -> list[SharedLinear]:
+        """What stands for each part. They hold this, and not the other way round, so that the copies go when the model goes."""
+        return [SharedLinear(part, self, i) for i, part in enumerate(self._sources)]
 
     def refresh(self) -> bool:
         """Forget the copies if any of the weights changed; returns whether."""
@@ -212,7 +215,7 @@ def pack_linears(model: nn.Module, *, grouped: bool = True) -> list[PackedLinear
         for names in _TOGETHER:
             if _joinable([children.get(name) for name in names]):
                 shared = SharedInput([children.pop(name) for name in names], grouped=grouped)
-                for name, part in zip(names, shared.parts, strict=True):
+                for name, part in zip(names, shared.layers(), strict=True):
                     setattr(parent, name, part)
                 packed.append(shared)
         for name, child in children.items():

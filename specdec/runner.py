@@ -149,7 +149,7 @@ class ModelRunner:
         after, most = self.options.capture_after, self.options.max_captures
         kind = partial(kind_of, grouped=bool(self._packed) and self.options.row_invariant)
         trusted, name = _TRUSTED_AFTER if self.options.trust_captures else None, type(self.twin.model).__name__
-        return FlatForwards(name, self._eager, kind, after=after, most=most, trusted_after=trusted, refused=refused)
+        return FlatForwards(name, kind, after=after, most=most, trusted_after=trusted, refused=refused)
 
     def begin(self, num_requests: int, capacity: int) -> None:
         """Start a batch with an empty cache. capacity: slots a request, drafted nodes included."""
@@ -245,7 +245,7 @@ class ModelRunner:
         if replayed is not None:
             self.forward_s += perf_counter() - began
             return replayed
-        out = self.flat(rows.tokens, rows.positions, partial(self._context, rows))
+        out = self.flat(self._eager, rows.tokens, rows.positions, partial(self._context, rows))
         self.forward_s += perf_counter() - began
         return out
 

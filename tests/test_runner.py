@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -254,3 +256,21 @@ def test_the_first_forward_of_a_size_and_the_one_that_captures_it_are_cold() -> 
         cold.append(runner.cold - before)
     assert runner.flat.refused is None, runner.flat.refused
     assert cold == [1, 0, 1, 0, 0, 1]
+
+
+def test_a_runner_that_is_dropped_frees_its_weights_at_once() -> None:
+    """Without the garbage collector, which may come late while a process builds one generator after the other."""
+    runner = ModelRunner(tiny_model(), options=RunnerOptions(capture_after=1))
+    runner.begin(1, 64)
+    runner.prefill(prompts((6,)))
+    for size in (4, 4, 9, 12, 10):
+        runner.score(TokenTree(torch.ones(1, size, dtype=torch.long), torch.arange(-1, size - 1)[None], (size,)))
+    assert runner.flat.recorded == 3
+    held = [weakref.ref(module) for module in runner.twin.model.modules()] + [weakref.ref(layer) for layer in runner._packed]
+    gc.collect()
+    gc.disable()
+    try:
+        del runner
+        assert not [each() for each in held if each() is not None]
+    finally:
+        gc.enable()
