@@ -42,9 +42,6 @@ class Candidates:
             # Stable, so that of a request's equal scores a parent comes before its child.
             nodes.sort(key=itemgetter(0), reverse=True)
         self._nodes = nodes
-        # The times that were looked at last, and whether they grow.
-        self._seconds: Sequence[float] = ()
-        self._never_falling = True
 
     def best(self, seconds: Sequence[float], drafting: float = 0.0, deepest: int | None = None) -> Allocation:
         """The allocation of the largest goodput, the smallest of equals.
@@ -57,14 +54,13 @@ class Candidates:
         tokens = expected = float(self._batch)
         most = tokens + sum([node[0] for node in nodes])
         best, count = tokens / seconds[0], 0
-        if seconds is not self._seconds:
-            self._seconds, self._never_falling = seconds, all(map(le, seconds, islice(seconds, 1, None)))
+        never_falling = all(map(le, seconds, islice(seconds, 1, None)))
         for place, node in enumerate(nodes, 1):
             own = seconds[place] + drafting
             tokens += node[0]
             if tokens > best * own:
                 best, count, expected = tokens / own, place, tokens
-            elif self._never_falling and most <= best * own:
+            elif never_falling and most <= best * own:
                 # Not even all the tokens that there are would do in the time of this many nodes.
                 break
         chosen = [0] * self._batch

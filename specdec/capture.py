@@ -133,7 +133,10 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """A forward written down. rows: that it was of.  lines: its operations, `constants` by their names in them.  results: names."""
+    """A forward written down. rows: that it was of, 0 for any number R.  lines: its operations, with `constants` by their names.
+
+    results: names of values.
+    """
 
     rows: int
     lines: tuple[str, ...]
@@ -187,7 +190,7 @@ def _in_common(first: Recording, second: Recording, one: str, other: str) -> str
     if len(words) != len(others):
         return None
     common = [_word(first, second, *pair) for pair in zip(words, others, strict=True)]
-    return "".join(word for word in common if word is not None) if None not in common else None
+    return None if None in common else "".join(filter(None, common))
 
 
 def _word(first: Recording, second: Recording, one: str, other: str) -> str | None:

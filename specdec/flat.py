@@ -85,8 +85,8 @@ class FlatForwards:
         """A new size by what is written for any: kept for it if it agrees with the eager forward, or if enough others did."""
         rows = tokens.shape[1]
         kind = self._kind(rows)
-        run, agreed = self._for_any[kind], self._agreed.get(kind, 0)
-        trusted = self._trusted_after is not None and agreed >= self._trusted_after
+        run = self._for_any[kind]
+        trusted = self._trusted_after is not None and self._agreed[kind] >= self._trusted_after
         try:
             again = run(tokens, positions, context())
         except _UNFIT as error:
@@ -98,7 +98,8 @@ class FlatForwards:
         self.cold += 1
         expected = eager(tokens, positions, context())
         if again is not None and _same(expected, again):
-            self._runs[rows], self._agreed[kind] = run, agreed + 1
+            self._runs[rows] = run
+            self._agreed[kind] += 1
         return expected
 
     def _record(self, eager: Forward, tokens: Tensor, positions: Tensor, context: Callable[[], Any]) -> Outputs:
@@ -119,13 +120,13 @@ class FlatForwards:
     def _function(self, recording: Recording) -> Forward:
         """Of a recording; for any number of rows of its kind where an earlier one differs in that number only."""
         kind = self._kind(recording.rows)
-        self._eagerly[kind] = 0
         earlier = self._recordings.setdefault(kind, [])
-        common = [both for both in (for_any_rows(one, recording) for one in earlier) if both is not None]
+        common = next((both for one in earlier if (both := for_any_rows(one, recording)) is not None), None)
         earlier.append(recording)
-        run = (common[0] if common else recording).function()
-        if common:
-            self._for_any[kind] = run
+        self._eagerly[kind] = 0
+        run = (common or recording).function()
+        if common is not None:
+            self._for_any[kind], self._agreed[kind] = run, 0
         return run
 
     def _refuse(self, reason: str) -> None:

@@ -147,7 +147,7 @@ class ModelRunner:
 
     def _flat_forwards(self, refused: str | None) -> FlatForwards:
         after, most = self.options.capture_after, self.options.max_captures
-        kind = partial(kind_of, grouped=bool(self._packed) and self.options.row_invariant)
+        kind = partial(kind_of, grouped=self._doubles)
         trusted, name = _TRUSTED_AFTER if self.options.trust_captures else None, type(self.twin.model).__name__
         return FlatForwards(name, kind, after=after, most=most, trusted_after=trusted, refused=refused)
 
