@@ -14,6 +14,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.resources import files
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -46,7 +47,9 @@ _EXPLAINED = 3
 _WARM = 16
 
 app = typer.Typer(add_completion=False)
-Files = Annotated[list[Path] | None, typer.Option("--prompts", help="JSONL with the groups dialogue, code and docs")]
+Files = Annotated[
+    list[Path] | None, typer.Option("--prompts", help="JSONL with the groups dialogue, code and docs [default: built-in]")
+]
 
 
 class Timed:
@@ -77,12 +80,12 @@ class Bench:
     """The bundled target, its drafters, and prompts by kind of text."""
 
     def __init__(self, prompts: Sequence[Path] | None, new: int) -> None:
-        """prompts: files; by default those that ship.  new: tokens to generate for each."""
+        """prompts: files; by default those that ship for the grid.  new: tokens to generate for each."""
         self.target: Any = AutoModelForCausalLM.from_pretrained(bundled_path("target")).eval()
         self.target.generation_config.eos_token_id, self.target.generation_config.pad_token_id = None, 0
         self._drafters: dict[str, Any] = {}
         tokenizer, self.new = AutoTokenizer.from_pretrained(bundled_path("target")), new
-        paths: list[Path | None] = list(prompts or []) or [None]
+        paths = list(prompts or []) or [Path(str(files("specdec.bench").joinpath("grid_prompts.jsonl")))]
         found: list[Prompt] = [prompt for path in paths for prompt in load_prompts(path, tokenizer, None, 192)[0]]
         self.prompts = {name: [p.ids for p in found if p.group == name] for name in WORKLOADS}
 

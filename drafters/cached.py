@@ -60,17 +60,20 @@ class CachedTexts:
         limit = self._runner.max_positions
         return limit is None or max([len(self._texts[r]) for r in requests]) + depth <= limit
 
-    def pending(self, requests: Sequence[int]) -> list[list[int]]:
+    def pending(self, requests: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
         """The tokens committed since the last forward, one or more a request; what was drafted leaves the cache.
 
         Many of them, the prompt to begin with, are taken in first, but for the last: a call that never drafts pays for no prompt.
+        Of a request that is to draft nothing it is one token, since a forward has a row for each; what is drafted behind that means
+        nothing, and the rest of its text waits until it drafts. counts: tokens that each request drafts.
         """
         cache = self._runner.cache
         cache.lengths = [min(n, len(self._texts[r]) - 1) for n, r in zip(cache.lengths, requests, strict=True)]
-        late = [self._texts[r][n:-1] for n, r in zip(cache.lengths, requests, strict=True)]
+        late = [self._texts[r][n:-1] if count else [] for n, r, count in zip(cache.lengths, requests, counts, strict=True)]
         if max(map(len, late)) > _MANY:
             self._runner.prefill(late)
-        return [self._texts[r][n:] for n, r in zip(cache.lengths, requests, strict=True)]
+        ends = [None if count else n + 1 for n, count in zip(cache.lengths, counts, strict=True)]
+        return [self._texts[r][n:end] for n, r, end in zip(cache.lengths, requests, ends, strict=True)]
 
     def commit(self, committed: Committed) -> None:
         """Take in what the round added to the text."""

@@ -44,14 +44,15 @@ class DraftModelDrafter:
     def propose(self, budget: Budget) -> Draft:
         """A chain or tree for budget.requests; see `Drafter.propose`."""
         self._texts.arrange(budget.requests)
-        depth = max(map(min, budget.nodes, budget.depth))
+        counts = tuple(map(min, budget.nodes, budget.depth))
+        depth, roots = max(counts), self._texts.roots(budget.requests)
         if depth == 0 or not self._texts.has_room(budget.requests, depth):
-            return self._chains.nothing(self._texts.roots(budget.requests))
-        pending = self._texts.pending(budget.requests)
-        whole = self._whole_chain(pending, budget, depth)
-        if whole is not None:
-            return whole
-        roots, logits = self.runner.extend(pending)
+            return self._chains.nothing(roots)
+        pending = self._texts.pending(budget.requests, counts)
+        drafted = self._replayed(pending, budget, depth)
+        if drafted is not None:
+            return self._chains.known(roots, drafted.split(1, 1), counts)
+        logits = self.runner.extend(pending)
         if self.shape == "tree":
             return self._tree(roots[:, 0], logits, budget, depth)
         return self._chain(roots, logits, budget, depth)
@@ -60,16 +61,12 @@ class DraftModelDrafter:
         """Take in what the round added to the text."""
         self._texts.commit(committed)
 
-    def _whole_chain(self, pending: list[list[int]], budget: Budget, depth: int) -> Draft | None:
-        """A greedy chain in one replay; None where the runner has none, or where drawing or looking at it is done here."""
+    def _replayed(self, pending: list[list[int]], budget: Budget, depth: int) -> Tensor | None:
+        """Greedy chains [B, depth] in one replay; None where the runner has none, or where it is drawn or looked at here."""
         watched = budget.stop is not None or budget.slots
         if self.shape == "tree" or self._setup.sampling is not None or watched:
             return None
-        drafted = replayed(self.runner, pending, depth)
-        if drafted is None:
-            return None
-        counts = tuple(map(min, budget.nodes, budget.depth))
-        return self._chains.known(self._texts.roots(budget.requests), drafted.split(1, 1), counts)
+        return replayed(self.runner, pending, depth)
 
     def _chain(self, roots: Tensor, logits: Tensor, budget: Budget, depth: int) -> Draft:
         """logits: [B, V] behind the roots [B, 1]."""

@@ -82,7 +82,7 @@ class PardDrafter:
     def _forward(self, requests: tuple[int, ...], counts: tuple[int, ...]) -> Tensor:
         """[B, K, V]: the logits of each request's places; behind counts[b] they repeat. Committed tokens stay in the cache."""
         cache = self.runner.cache
-        pending = self._texts.pending(requests)
+        pending = self._texts.pending(requests, counts)
         ends = [n + len(text) for n, text in zip(cache.lengths, pending, strict=True)]
         masks = [[self.mask_token] * (count - 1) for count in counts]
         rows = chain_rows(cache, [text + mask for text, mask in zip(pending, masks, strict=True)])

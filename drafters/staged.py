@@ -111,7 +111,7 @@ class Staged:
         if not max(counts) or not self._texts.has_room(requests, 2 * max(counts)):
             return self._chains.nothing(self._texts.roots(requests))
         proposed = self._inner.propose(self._inner_budget(requests, counts))
-        pending = self._texts.pending(requests)
+        pending = self._texts.pending(requests, counts)
         lengths = tuple([n + len(text) for n, text in zip(self._model.cache.lengths, pending, strict=True)])
         chooser = self._chooser(requests, lengths)
         begun = self._verified(proposed, pending, requests, chooser)

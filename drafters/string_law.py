@@ -53,7 +53,7 @@ class StringLaw:
         last: the target token that each text ends with. vocabulary: V of the target. The law is not made to sum to 1.
         """
         runner, cache = self._runner, self._runner.cache
-        law = TextLaw(self._trie, runner.extend(texts)[1])
+        law = TextLaw(self._trie, runner.extend(texts))
         seen = Frontier(tuple(cache.lengths), runner.device)
         for asked in range(0, self._nodes if self._trie.depth > 1 else 0, self._at_once):
             chosen = law.choose(min(self._at_once, self._nodes - asked))

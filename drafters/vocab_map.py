@@ -142,7 +142,7 @@ class VocabMap:
         drafted = replayed(self.runner, pending, depth)
         if drafted is not None:
             return drafted
-        logits = self.runner.extend(pending)[1]
+        logits = self.runner.extend(pending)
         tokens = [logits.argmax(-1, keepdim=True)]
         for step in range(depth - 1):
             logits = self.runner.forward(next_rows(self.runner.cache, step, tokens[-1]))[0]
@@ -167,7 +167,7 @@ class VocabMap:
         if drafted:
             logits = self.runner.forward(next_rows(self.runner.cache, len(drafted) - 1, self._as_draft[drafted[-1]]))[0]
         else:
-            logits = self.runner.extend(pending)[1]
+            logits = self.runner.extend(pending)
         target_ids, draft_ids = self._pairs
         wide = logits.new_full((logits.shape[0], self._vocabulary), float("-inf"))
         return wide.index_copy(1, target_ids, logits.index_select(1, draft_ids))

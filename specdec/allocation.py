@@ -11,8 +11,8 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
-from operator import itemgetter, le
+from itertools import accumulate
+from operator import itemgetter
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,30 +43,37 @@ class Candidates:
             nodes.sort(key=itemgetter(0), reverse=True)
         self._nodes = nodes
 
-    def best(self, seconds: Sequence[float], drafting: float = 0.0, deepest: int | None = None) -> Allocation:
+    def best(
+        self, seconds: Sequence[float], drafting: float = 0.0, deepest: int | None = None, least: Sequence[float] | None = None
+    ) -> Allocation:
         """The allocation of the largest goodput, the smallest of equals.
 
         seconds: of a round with n drafted nodes in all, for n from 0 on; no more nodes than that are drafted.
-        drafting: seconds that any drafting costs on top.  deepest: no node below this depth.
+        drafting: seconds that any drafting costs on top.  deepest: no node below this depth.  least: `least_of` these seconds.
         """
         nodes = self._nodes if deepest is None else [node for node in self._nodes if node[2] <= deepest]
         nodes = nodes[: len(seconds) - 1]
         tokens = expected = float(self._batch)
         most = tokens + sum([node[0] for node in nodes])
         best, count = tokens / seconds[0], 0
-        never_falling = all(map(le, seconds, islice(seconds, 1, None)))
+        least = least or least_of(seconds)
         for place, node in enumerate(nodes, 1):
             own = seconds[place] + drafting
             tokens += node[0]
             if tokens > best * own:
                 best, count, expected = tokens / own, place, tokens
-            elif never_falling and most <= best * own:
-                # Not even all the tokens that there are would do in the time of this many nodes.
+            elif most <= best * (least[place] + drafting):
+                # Not even all the tokens that there are would do in the least time of this many nodes or more.
                 break
         chosen = [0] * self._batch
         for _, request, _ in nodes[:count]:
             chosen[request] += 1
         return Allocation(tuple(chosen), expected, best)
+
+
+def least_of(seconds: Sequence[float]) -> list[float]:
+    """For every n, the least seconds of n nodes or more."""
+    return list(accumulate(reversed(seconds), min))[::-1]
 
 
 def allocate(scores: Sequence[Sequence[float]], seconds: Sequence[float]) -> Allocation:

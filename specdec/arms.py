@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from specdec.acceptance import AcceptanceModel
-from specdec.allocation import Allocation, Candidates, allocate_evenly, path_scores
+from specdec.allocation import Allocation, Candidates, allocate_evenly, least_of, path_scores
 from specdec.costs import CostModel
 from specdec.types import Load, RoundStats
 
@@ -52,6 +52,25 @@ class Plan:
         return self.tokens / self.seconds
 
 
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What an arm could draft for a load. deepest: levels that are thought of.  scores, depths: of each request's nodes.
+
+    candidates: of all requests; None where all are to get the same number of nodes.
+    """
+
+    load: Load
+    deepest: int
+    scores: Sequence[Sequence[float]]
+    depths: Sequence[Sequence[int]]
+    candidates: Candidates | None
+
+    def within(self, limit: int) -> list[list[float]]:
+        """Scores of the nodes down to this depth."""
+        both = [zip(scores, depths, strict=True) for scores, depths in zip(self.scores, self.depths, strict=True)]
+        return [[score for score, depth in own if depth <= limit] for own in both]
+
+
 class Arm:
     """One drafter at one width. rates: shared by the widths of a drafter."""
 
@@ -77,30 +96,33 @@ class Arm:
         self.offered += _FOLLOW * (drafted / asked - self.offered)
         self.rates.observe(stats, planned)
 
-    def plans(self, load: Load, costs: CostModel, most: Limits, *, hoped: bool) -> list[Plan]:
-        """The best plan for every limit of depth. hoped: see `Curve.hoped`."""
-        batch, width = len(load.requests), self.width
-        deepest = min(max(_DEEPER * costs.deepest(self.name, width, batch) + 1, _FIRST_DEPTH), most.depth)
+    def look(self, load: Load, costs: CostModel, most: Limits) -> Look:
+        """What could be drafted now."""
+        batch = len(load.requests)
+        deepest = min(max(_DEEPER * costs.deepest(self.name, self.width, batch) + 1, _FIRST_DEPTH), most.depth)
         paths = self._paths(load, deepest, max(min(most.nodes, most.together // batch), 1))
         scores = [[score for score, _ in own] for own in paths]
         depths = [[depth for _, depth in own] for own in paths]
-        target = costs.target(batch, max(sum(map(len, paths)), 1), sum(load.lengths), share=self.offered, hoped=hoped)
-        candidates, found = None if most.evenly else Candidates(scores, depths), []
-        for limit in range(1, deepest + 1):
-            draft = costs.draft(self.name, width, batch, limit, hoped=hoped)
+        return Look(load, deepest, scores, depths, None if most.evenly else Candidates(scores, depths))
+
+    def plans(self, look: Look, costs: CostModel, *, hoped: bool) -> list[Plan]:
+        """The best plan for every limit of depth. hoped: see `Curve.hoped`."""
+        load, candidates = look.load, look.candidates
+        batch, nodes = len(load.requests), max(sum(map(len, look.scores)), 1)
+        target = costs.target(batch, nodes, sum(load.lengths), share=self.offered, hoped=hoped)
+        least, found = least_of(target), []
+        for limit, draft in enumerate(costs.drafts(self.name, self.width, batch, look.deepest, hoped=hoped), 1):
             if candidates is not None:
-                best = candidates.best(target, draft, limit)
+                best = candidates.best(target, draft, limit, least)
             else:
-                within = [[score for score, depth in own if depth <= limit] for own in paths]
-                best = allocate_evenly(within, target, draft)
-            found.append(self._plan(load, depths, limit, best))
+                best = allocate_evenly(look.within(limit), target, draft)
+            found.append(self._plan(look, limit, best))
         return found
 
-    def least(self, load: Load, costs: CostModel, every: int) -> Plan:
-        """One node for every `every`-th request, to see whether it is accepted."""
+    def least(self, load: Load, costs: CostModel, every: int, turn: int) -> Plan:
+        """One node for every `every`-th request, to see whether it is accepted; others with the next turn."""
         batch = len(load.requests)
-        offset = sum(load.lengths) % every
-        nodes = tuple([int(place % every == offset and room > 1) for place, room in enumerate(load.room)])
+        nodes = tuple([int(place % every == turn % every and room > 1) for place, room in enumerate(load.room)])
         scores = [self._paths(load, 1, 1)[place][0][0] if own else 0.0 for place, own in enumerate(nodes)]
         target = costs.target(batch, max(sum(nodes), 1), sum(load.lengths), share=self.offered)
         seconds = target[sum(nodes)] + costs.draft(self.name, self.width, batch, 1)
@@ -114,8 +136,11 @@ class Arm:
             found.append([(self.offered * score, depth) for score, depth in path_scores(rates, nodes)])
         return found
 
-    def _plan(self, load: Load, depths: Sequence[Sequence[int]], limit: int, best: Allocation) -> Plan:
-        deep = [max([d for d in own if d <= limit][:count], default=0) for own, count in zip(depths, best.nodes, strict=True)]
+    def _plan(self, look: Look, limit: int, best: Allocation) -> Plan:
+        deep = best.nodes
+        if self.width > 1:
+            within = [[depth for depth in own if depth <= limit] for own in look.depths]
+            deep = tuple([max(own[:count], default=0) for own, count in zip(within, best.nodes, strict=True)])
         rows = self.offered * sum(best.nodes)
         seconds = best.tokens / best.goodput
-        return Plan(self.place, load.requests, best.nodes, tuple(deep), self.width, rows, best.tokens, seconds)
+        return Plan(self.place, look.load.requests, best.nodes, deep, self.width, rows, best.tokens, seconds)

@@ -22,6 +22,8 @@ _SIZE_FOLLOWS, _PACE_FOLLOWS, _MOST = 0.03, 0.1, 1.5
 _GUESSED_GROWTH = 0.05
 # Share of the expected growth that an unmeasured size is hoped to show.
 _HOPED_GROWTH = 0.5
+# Share that a size is taken to need longer which never came: its first forward is a slow one.
+_NEW = 0.04
 # Sizes that lie so near to a measured one count as measured.
 _NEAR = 0.12
 # Batch sizes that share their measurements; above them steps of a third.
@@ -92,6 +94,10 @@ class Curve:
             count += self._fresh(self._sizes[place])
             place += 1
         return count >= _KNOWN
+
+    def came(self, size: float) -> bool:
+        """Whether a round of this very size was measured."""
+        return size in self._typical
 
     def _fresh(self, size: int) -> int:
         """Samples of a size that was measured lately."""
@@ -175,9 +181,11 @@ class CostModel:
         self._by_rows = Curve()
         self._slope = ContextSlope()
         self._pace = 1.0
+        self._knows_plain: dict[int, bool] = {}
 
     def begin_with(self, target_s: Mapping[int, Mapping[int, float]], context_s: float) -> None:
         """What a profile knows. target_s: seconds by batch size and drafted nodes in all.  context_s: for a committed token."""
+        self._knows_plain.clear()
         for batch, by_nodes in target_s.items():
             curve = self._target.setdefault(bucket(batch), Curve())
             for nodes, seconds in by_nodes.items():
@@ -194,6 +202,7 @@ class CostModel:
     def observe(self, batch: int, nodes: int, context: int, target_s: float) -> None:
         """A finished round. nodes: drafted in all.  context: committed tokens of all requests.  target_s: all but the drafting."""
         rows = batch + nodes
+        self._knows_plain.clear()
         self._slope.observe(rows, context, target_s)
         base = max(target_s - self._slope.seconds * context, 0.1 * target_s)
         curve = self._target.setdefault(bucket(batch), Curve())
@@ -221,7 +230,7 @@ class CostModel:
 
     def plain(self, batch: int, context: int) -> float:
         """Seconds of a round without a draft."""
-        return self.target(batch, 0, context)[0]
+        return self._pace * self._curve_of(batch).at(batch) + self._slope.seconds * context
 
     def target(self, batch: int, most: int, context: int, *, share: float = 1.0, hoped: bool = False) -> list[float]:
         """Seconds of rounds with 0, 1, ..., most nodes asked for, the drafting left out.
@@ -230,14 +239,21 @@ class CostModel:
         """
         curve, pace, always = self._curve_of(batch), self._pace, self._slope.seconds * context
         sizes = [batch + share * nodes for nodes in range(most + 1)]
-        return [pace * own + always for own in (curve.all_hoped(sizes) if hoped else map(curve.at, sizes))]
+        if hoped:
+            return [pace * own + always for own in curve.all_hoped(sizes)]
+        new = [_NEW * (share == 1.0 and not curve.came(size)) for size in sizes]
+        return [pace * curve.at(size) * (1 + extra) + always for size, extra in zip(sizes, new, strict=True)]
 
-    def draft(self, name: str, width: int, batch: int, depth: int, *, hoped: bool = False) -> float:
-        """Seconds of a draft of this depth; a drafter of which little was measured is hoped to be free."""
-        curve = self._curve(name, width, batch)
+    def draft(self, name: str, width: int, batch: int, depth: int) -> float:
+        """Seconds of a draft of this depth."""
+        return self.drafts(name, width, batch, depth)[-1]
+
+    def drafts(self, name: str, width: int, batch: int, deepest: int, *, hoped: bool = False) -> list[float]:
+        """Seconds of drafts of depth 1, 2, ..., deepest; a drafter of which little was measured is hoped to be free."""
+        curve, depths = self._curve(name, width, batch), range(1, deepest + 1)
         if curve is None or (hoped and not curve.largest):
-            return 0.0
-        return self._pace * (curve.hoped(depth) if hoped else curve.at(depth))
+            return [0.0] * deepest
+        return [self._pace * own for own in (curve.all_hoped(depths) if hoped else map(curve.at, depths))]
 
     def deepest(self, name: str, width: int, batch: int) -> int:
         """The deepest draft that was measured."""
@@ -250,8 +266,11 @@ class CostModel:
 
     def knows_plain(self, batch: int) -> bool:
         """Whether plain rounds of this very batch size were measured, and lately."""
-        own = self._target.get(bucket(batch))
-        return own is not None and own.knows(batch)
+        known = self._knows_plain.get(batch)
+        if known is None:
+            own = self._target.get(bucket(batch))
+            known = self._knows_plain[batch] = own is not None and own.knows(batch)
+        return known
 
     def _curve(self, name: str, width: int, batch: int) -> Curve | None:
         own = [known for arm, across, known in self._draft if arm == name and across == width]

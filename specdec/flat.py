@@ -1,12 +1,13 @@
-"""Forwards on a CPU, written out as flat lists of operations once their kind has come a few times.
+"""Forwards on a CPU, written out as flat lists of operations once their kind has come a few times lately.
 
-Two sizes of a kind are recorded. What they have in common serves every further size of that kind from its second forward on, after
+Two sizes of a kind are recorded. What they have in common serves every further size of that kind that comes more than once, after
 one forward in which it has to agree bit for bit with the eager one; where rounding is free, so many sizes that agree speak for all.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch import Tensor
 from specdec.capture import Forward, Outputs, Recording, capture, for_any_rows
 
 logger = logging.getLogger(__name__)
+# Forwards, for each that a recording waits for, among which these have to come: what is run now and then is not worth one.
+_LATELY = 4
 # What a function that was written for other numbers of rows may raise where it does not fit.
 _UNFIT = (RuntimeError, ValueError, IndexError)
 
@@ -23,7 +26,7 @@ _UNFIT = (RuntimeError, ValueError, IndexError)
 class FlatForwards:
     """The forwards of one model by number of rows. refused: why nothing is written out, or None.
 
-    cold: calls so far that wrote out their size, or were its first while that is not trusted.
+    cold: calls so far that wrote out or compared their size, or were its first while that is not trusted.
     """
 
     def __init__(
@@ -38,10 +41,10 @@ class FlatForwards:
     ) -> None:
         """name: of the model.  kind: equal for numbers of rows that are run alike.
 
-        after: eager forwards of a kind until the next recording.  most: recordings.  trusted_after: sizes that have to agree before
-        others of their kind need not; None for all.
+        after: eager forwards of a kind until the next recording, among at most four times as many of all kinds.  most: recordings.
+        trusted_after: sizes that have to agree before others of their kind need not; None for all.
         """
-        self._name, self._kind, self._after, self._most = name, kind, after, most
+        self._name, self._kind, self._after, self._most = name, kind, max(after, 1), most
         self._trusted_after, self.refused, self.cold = trusted_after, refused, 0
         self.clear()
 
@@ -51,8 +54,10 @@ class FlatForwards:
         self._recordings: dict[int, list[Recording]] = {}
         self._for_any: dict[int, Forward] = {}
         self._agreed: dict[int, int] = {}
-        self._eagerly: dict[int, int] = {}
+        self._eagerly: dict[int, deque[int]] = {}
+        self._now = 0
         self._seen: set[int] = set()
+        self._tried: set[int] = set()
 
     def __contains__(self, rows: int) -> bool:
         """Whether so many rows run written out."""
@@ -69,24 +74,32 @@ class FlatForwards:
         eager: of the model, each time the same; kept here it would keep its owner, and with that these, alive.
         """
         rows = tokens.shape[1]
+        self._now += 1
         run = self._runs.get(rows)
         if run is not None:
             return run(tokens, positions, context())
         first, kind = rows not in self._seen, self._kind(rows)
         self._seen.add(rows)
-        if first and kind in self._for_any:
+        # A size that comes once, as batches that end meet many, is not worth comparing; where few speak for all, each is.
+        once = first and kind in self._for_any and self._trusted_after is None
+        if kind in self._for_any and rows not in self._tried and not once:
             return self._fit(eager, tokens, positions, context)
-        self._eagerly[kind] = self._eagerly.get(kind, 0) + 1
-        due = self.refused is None and self._eagerly[kind] >= self._after and self.recorded < self._most
+        due = not once and self.refused is None and self._comes_often(kind) and self.recorded < self._most
         self.cold += first or due
         return self._record(eager, tokens, positions, context) if due else eager(tokens, positions, context())
 
+    def _comes_often(self, kind: int) -> bool:
+        """Note an eager forward of a kind. Whether there were enough of them lately for a recording to pay."""
+        eagerly = self._eagerly.setdefault(kind, deque(maxlen=self._after))
+        eagerly.append(self._now)
+        return len(eagerly) == self._after and self._now - eagerly[0] < _LATELY * self._after
+
     def _fit(self, eager: Forward, tokens: Tensor, positions: Tensor, context: Callable[[], Any]) -> Outputs:
-        """A new size by what is written for any: kept for it if it agrees with the eager forward, or if enough others did."""
+        """A size by what is written for any: kept for it if it agrees with the eager forward, or if enough others did."""
         rows = tokens.shape[1]
         kind = self._kind(rows)
-        run = self._for_any[kind]
-        trusted = self._trusted_after is not None and self._agreed[kind] >= self._trusted_after
+        run, trusted = self._for_any[kind], self._trusted_after is not None and self._agreed[kind] >= self._trusted_after
+        self._tried.add(rows)
         try:
             again = run(tokens, positions, context())
         except _UNFIT as error:
@@ -123,7 +136,7 @@ class FlatForwards:
         earlier = self._recordings.setdefault(kind, [])
         common = next((both for one in earlier if (both := for_any_rows(one, recording)) is not None), None)
         earlier.append(recording)
-        self._eagerly[kind] = 0
+        self._eagerly[kind].clear()
         run = (common or recording).function()
         if common is not None:
             self._for_any[kind], self._agreed[kind] = run, 0

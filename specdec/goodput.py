@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import nn
 
 from specdec.acceptance import AcceptanceModel
-from specdec.arms import Arm, Limits, Plan
+from specdec.arms import Arm, Limits, Look, Plan
 from specdec.costs import CostModel, bucket
 from specdec.drafters.base import Drafter
 from specdec.errors import SpecDecError
@@ -23,7 +24,7 @@ _PLAIN_EVERY = 96
 # Rounds that a new batch size goes by what others took, before its plain rounds are measured.
 _BORROWS = 8
 # Rounds that a plan stays once so many times as many went by since something changed; how many of those a new text leaves.
-_PLAN_STAYS, _SETTLES, _NEW_TEXT = 16, 8, 64
+_PLAN_STAYS, _SETTLES, _NEW_TEXT = 16, 4, 32
 # Rounds that are learned from together, at most; and those that are learned from at once.
 _TOGETHER, _TRIES = 8, frozenset({"first", "hope", "trial"})
 # Observations of its deepest level without which a plan stays for one round only, in so many first rounds.
@@ -206,7 +207,7 @@ class GoodputPlanner:
         if stats.cold_target or stats.cold_draft:
             # A cold round also prepares its size, which is paid once, by every planner, and says nothing of later rounds.
             self._prepared_s += max(round_.seconds - _LONGEST * plain_s, 0.0)
-            if not guard.trying:
+            if guard.proven and not guard.trying:
                 return
         if guard.observe(round_, plain_s):
             self._arms[asked.plan.arm].rates.doubt()
@@ -244,7 +245,11 @@ class GoodputPlanner:
             self._profile = None
 
     def _guard(self, batch: int) -> Guard:
-        return self._guards.setdefault(bucket(batch), Guard())
+        where = bucket(batch)
+        found = self._guards.get(where)
+        if found is None:
+            found = self._guards[where] = Guard()
+        return found
 
     def _next(self, load: Load) -> tuple[str, Plan]:
         """Why, and what."""
@@ -253,7 +258,9 @@ class GoodputPlanner:
         if not self._costs.knows_plain(batch) and (rounds >= _BORROWS or not self._costs.any_known):
             return "first", self._plain(load)
         if guard.trying:
-            return "trial", self._arms[self._liveliest()].least(load, self._costs, _TRIAL_SHARE if batch >= _TRIAL_SHARE else 1)
+            # The same requests throughout a trial: those that did not draft lately have to be read first.
+            share = _TRIAL_SHARE if batch >= _TRIAL_SHARE else 1
+            return "trial", self._arms[self._liveliest()].least(load, self._costs, share, guard.waits)
         if not guard.on or rounds % _PLAIN_EVERY == 0:
             return "plain", self._plain(load)
         return self._settled(load)
@@ -283,12 +290,13 @@ class GoodputPlanner:
 
     def _choose(self, load: Load) -> Plan:
         """The best plan, or an unmeasured one that could be better yet; the old one where it is nearly as good."""
-        plans = self._plans(load, self._arms, hoped=False)
+        looks = [(arm, arm.look(load, self._costs, self._limits)) for arm in self._arms]
+        plans = self._plans(looks, hoped=False)
         best = max(plans, key=lambda plan: plan.goodput)
         plain = self._plain(load)
         if best.goodput < plain.goodput * _WORTH:
             best = plain
-        hope = self._hope(load, plain.seconds)
+        hope = self._hope(looks, plain.seconds)
         if hope is not None and hope.goodput > max(best.goodput, plain.goodput) * _PROMISING:
             self._stays, self._hopes = 1, True
             return hope
@@ -302,7 +310,7 @@ class GoodputPlanner:
                 return again
         return best
 
-    def _hope(self, load: Load, plain_s: float) -> Plan | None:
+    def _hope(self, looks: Sequence[tuple[Arm, Look]], plain_s: float) -> Plan | None:
         """The unmeasured plan that could be the best of them; not looked for each time once much is measured, nor at any price."""
         self._choices += 1
         if self._choices > _SEARCHED and self._choices % _SEARCHES:
@@ -312,7 +320,7 @@ class GoodputPlanner:
             return None
         if self._prepared_s > _PREPARED_COST * self._total_s + _PREPARED_FREE * plain_s + _PREPARED_OF_GAIN * gained_s:
             return None
-        plans = [plan for plan in self._plans(load, self._arms, hoped=True) if not self._is_measured(plan)]
+        plans = [plan for plan in self._plans(looks, hoped=True) if not self._is_measured(plan)]
         return max(plans, key=lambda plan: plan.goodput, default=None)
 
     def _tried_again(self, load: Load, best: Plan) -> Plan | None:
@@ -325,12 +333,12 @@ class GoodputPlanner:
         arm.lost()
         arm.rates.doubt()
         self._stays = _TRIED
-        plans = self._plans(load, [arm], hoped=False)
+        plans = self._plans([(arm, arm.look(load, self._costs, self._limits))], hoped=False)
         found = max(plans, key=lambda plan: plan.goodput)
-        return found if any(found.nodes) else arm.least(load, self._costs, 1)
+        return found if any(found.nodes) else arm.least(load, self._costs, 1, 0)
 
-    def _plans(self, load: Load, arms: list[Arm], *, hoped: bool) -> list[Plan]:
-        return [plan for arm in arms for plan in arm.plans(load, self._costs, self._limits, hoped=hoped)]
+    def _plans(self, looks: Sequence[tuple[Arm, Look]], *, hoped: bool) -> list[Plan]:
+        return [plan for arm, look in looks for plan in arm.plans(look, self._costs, hoped=hoped)]
 
     def _is_measured(self, plan: Plan) -> bool:
         arm, batch = self._arms[plan.arm], len(plan.requests)

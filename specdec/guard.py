@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 # Rounds that speculation is judged by; how many there have to be; one among so many judges; deviations that pass for bad luck.
 _WINDOW, _ENOUGH, _JUDGED_EVERY, _LUCK = 32, 8, 4, 1.5
-# Rounds that a trial lasts for while nothing is accepted.
+# Rounds that a trial lasts for while nothing is accepted, the first rounds of all among them.
 TRIAL = 2
 # Plain rounds until the next trial: at first, doubled each time; at most; and so many that trials cost this share of the time.
 _FIRST_WAIT, _LONGEST_WAIT, _TRIALS_COST = 16, 512, 0.006
@@ -36,12 +36,18 @@ class Judged:
 
 @dataclass(slots=True)
 class Guard:
-    """For one batch size. on: speculation is not known not to pay.  left: plain rounds before the next trial, while off."""
+    """For one batch size. on: speculation is not known not to pay.  left: plain rounds before the next trial, while off.
+
+    waits: how often it was off, or stayed off after a trial, so far.  _barren: rounds that drafted while nothing was ever accepted;
+    None since something was.
+    """
 
     on: bool = True
     left: int = 0
+    waits: int = 0
     _wait: int = _FIRST_WAIT // 2
     _rounds: int = 0
+    _barren: int | None = 0
     _tried: int = 0
     _lost_s: float = 0.0
     _window: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_WINDOW))
@@ -51,6 +57,11 @@ class Guard:
         """Whether the next round is a trial."""
         return not self.on and self.left <= 0
 
+    @property
+    def proven(self) -> bool:
+        """Whether a draft was ever accepted."""
+        return self._barren is None
+
     def observe_plain(self) -> None:
         """A round without speculation is over."""
         self.left -= not self.on
@@ -59,6 +70,8 @@ class Guard:
         """A round that drafted is over. plain_s: of a plain round. Returns whether a trial has just gone well."""
         # What else the machine did in a round is not lost to drafting.
         self._lost_s += min(round_.seconds, _LONGEST * plain_s) - plain_s * round_.tokens / round_.batch
+        if self._barren is not None:
+            self._barren = None if round_.accepted else self._barren + (round_.drafted > 0)
         if self.on:
             self._judge(round_, round_.batch / plain_s)
             if not self.on:
@@ -89,6 +102,10 @@ class Guard:
         self._rounds += 1
         self._window.append((round_.tokens, round_.seconds))
         rounds = len(self._window)
+        if self._barren is not None and self._barren >= TRIAL:
+            # The first rounds are a trial like any other.
+            self.on = False
+            return
         if rounds < _ENOUGH or self._rounds % _JUDGED_EVERY:
             return
         total = sum([count for count, _ in self._window])
@@ -105,5 +122,6 @@ class Guard:
             self._wait = _FIRST_WAIT // 2
         paid_back = max(self._lost_s, 0.0) / (_TRIALS_COST * plain_s)
         self._wait = int(min(max(2 * self._wait, _FIRST_WAIT), max(paid_back, _FIRST_WAIT), _LONGEST_WAIT))
+        self.waits += 1
         self.left, self._tried, self._rounds, self._lost_s = self._wait, 0, 0, 0.0
         self._window.clear()

@@ -40,8 +40,8 @@ class RunnerOptions:
 
     compute: run a converted copy of the weights instead of sharing them; for draft models, whose rounding is free.
     row_invariant: on a CPU, a token's logits are the same bits whether 1 or up to 8 rows are scored together.
-    capture_after: eager forwards of one size, on a CPU of those that are run alike, before the next capture.  trust_captures: on a
-    CPU, two captures that agreed for two further sizes with the eager forward serve all that are run alike.
+    capture_after: eager forwards of one size, on a CPU of those that are run alike and not long apart, before the next capture.
+    trust_captures: on a CPU, two captures that agreed for two further sizes with the eager forward serve all that are run alike.
     pack_limit_bytes: most memory for packed weights.  cache_limit_bytes: most memory for keys and values; None means what is free
     on a GPU.  prefill_rows: most prompt rows in one forward, so that the mask of a long prompt stays small.  compile: "layers"
     fuses decoder layers through torch.compile, which takes a minute when they first run.  share_from: slots from which equal
@@ -184,15 +184,14 @@ class ModelRunner:
             done = [d + len(part) for d, part in zip(done, taken, strict=True)]
         self.cache.repeat(sources, self.options.share_from)
 
-    def extend(self, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Append one committed token or more to every row. Returns each row's last token [B, 1] and the logits behind it [B, V]."""
+    def extend(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        """Append one committed token or more to every row. Returns the logits [B, V] behind the last of each."""
         rows = chain_rows(self.cache, texts)
         logits = self.forward(rows)[0]
         self._lengthen(rows)
         if len(rows.sizes) == 1:
-            return rows.tokens[:, -1:], logits[-1:]
-        ends = on_device(rows.sizes, self.device).cumsum(0) - 1
-        return rows.tokens[0].index_select(0, ends)[:, None], logits.index_select(0, ends)
+            return logits[-1:]
+        return logits.index_select(0, on_device(rows.sizes, self.device).cumsum(0) - 1)
 
     def _lengthen(self, rows: Rows) -> None:
         self.cache.lengths = [n + size for n, size in zip(rows.base, rows.sizes, strict=True)]

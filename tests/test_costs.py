@@ -135,3 +135,14 @@ def test_doubt_lets_new_rounds_count() -> None:
     for _ in range(4):
         model.observe(_stats((1,), (1,), (1,)), (1,))
     assert model.rates(1, 1)[0][0] > 0.6
+
+
+def test_a_size_that_never_came_is_taken_to_need_a_little_longer() -> None:
+    costs = CostModel()
+    for nodes in (0, 4):
+        for _ in range(5):
+            costs.observe(2, nodes, 0, 1.0 + nodes)
+    assert costs.target(2, 4, 0)[4] == pytest.approx(5.0)
+    assert costs.target(2, 4, 0)[2] == pytest.approx(3.0 * 1.04)
+    # Where a drafter offers less than is asked for, sizes are averages.
+    assert costs.target(2, 4, 0, share=0.75)[2] == pytest.approx(2.5)

@@ -82,8 +82,30 @@ def test_the_third_size_needs_no_recording() -> None:
     assert flat.refused is None
 
 
-def test_only_the_first_forward_of_a_size_that_is_served_so_is_cold() -> None:
-    assert colds(flat_of(after=3), (4, 4, 4, 4, 7, 7, 7, 7, 5, 5, 5, 5)) == [1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 0, 0]
+def test_of_a_size_that_is_served_so_the_first_forward_and_the_compared_one_are_cold() -> None:
+    assert colds(flat_of(after=3), (4, 4, 4, 4, 7, 7, 7, 7, 5, 5, 5, 5)) == [1, 0, 1, 0, 1, 0, 1, 0, 1, 1, 0, 0]
+
+
+def test_a_size_that_comes_once_is_not_compared() -> None:
+    flat = flat_of()
+    for rows in (4, 7, 5):
+        check(flat, plain, rows, times=1)
+    assert flat.recorded == 2
+    assert 5 not in flat
+    check(flat, plain, 5, times=1)
+    assert flat.recorded == 2
+    assert 5 in flat
+
+
+def test_a_kind_that_comes_now_and_then_is_not_recorded() -> None:
+    flat = FlatForwards("a model", lambda rows: rows > 4, after=3, most=64)
+    check(flat, plain, 4, times=3)
+    for _ in range(5):
+        check(flat, plain, 9, times=2)
+        check(flat, plain, 4, times=16)
+    assert (4 in flat, 9 in flat) == (True, False)
+    check(flat, plain, 9, times=3)
+    assert 9 in flat
 
 
 @pytest.mark.parametrize(("eager", "sizes"), [(in_blocks, (4, 7, 20, 30)), (in_parts, (4, 8, 5, 9)), (by_number, (4, 7, 5, 9))])
@@ -91,7 +113,7 @@ def test_a_size_that_does_not_agree_is_recorded_itself(eager: Eager, sizes: tupl
     flat = flat_of()
     for rows in sizes:
         check(flat, eager, rows)
-    # One forward says that it does not agree, and the next is recorded.
+    # The second forward says that it does not agree, and the next is recorded.
     for rows in sizes:
         check(flat, eager, rows)
         assert rows in flat
@@ -103,9 +125,9 @@ def test_sizes_of_a_kind_count_together_until_the_next_recording() -> None:
     flat = flat_of(after=3)
     for rows in (4, 5, 6, 7, 8, 9, 10):
         check(flat, plain, rows, times=1)
-    assert [rows for rows in range(4, 11) if rows in flat] == [6, 9, 10]
-    check(flat, plain, 4, times=3)
-    assert (flat.recorded, 4 in flat) == (3, True)
+    assert [rows for rows in range(4, 11) if rows in flat] == [6, 9]
+    check(flat, plain, 4, times=1)
+    assert (flat.recorded, 4 in flat) == (2, True)
 
 
 def test_enough_sizes_that_agreed_speak_for_all() -> None:
@@ -197,7 +219,7 @@ def test_every_size_of_a_real_forward_is_bit_identical(family: str, dtype: torch
     for runner in (eager, flat):
         runner.begin(1, 128)
         runner.prefill(texts)
-    for size in (9, 12, 10, 15, 20, 3, 2, 10, 15):
+    for size in (9, 12, 10, 15, 20, 3, 2, 10, 15, 20, 3, 2, 10, 15):
         tokens = torch.arange(3, 3 + size)[None]
         tree = TokenTree(tokens, torch.tensor([[-1, 0, 0, *range(1, size - 2)][:size]]), (size,))
         assert torch.equal(eager.score(tree).logits, flat.score(tree).logits)

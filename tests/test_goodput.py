@@ -129,6 +129,22 @@ def test_the_choice_is_the_models_best_within_two_percent(seed: int) -> None:
     assert found.goodput <= best * (1 + 1e-9)
 
 
+def test_a_trial_in_a_batch_asks_one_request_in_four_and_the_next_trial_others() -> None:
+    planner, machine = GoodputPlanner(), _machine("flat", 0.3, 0.0, 8)
+    tried = []
+    for round_ in range(200):
+        budget = planner.plan(Load(tuple(range(8)), (10 + round_,) * 8, (1000,) * 8))
+        drafted = tuple(map(min, budget.nodes, budget.depth))
+        seconds = machine.target_s(sum(drafted))
+        planner.observe(RoundStats(budget.requests, drafted, (0,) * 8, drafted, 8 + sum(drafted), 0.3, seconds, 0.0, 0.0))
+        if budget.forecast is not None and budget.forecast.why == "trial":
+            tried.append([request for request, nodes in enumerate(drafted) if nodes])
+    assert len(tried) >= 6
+    assert all(first == second for first, second in zip(tried[::2], tried[1::2], strict=True))
+    assert {tuple(own) for own in tried} <= {(0, 4), (1, 5), (2, 6), (3, 7)}
+    assert len({tuple(own) for own in tried}) > 1
+
+
 def test_no_draft_runs_past_the_end() -> None:
     planner = GoodputPlanner(4)
     machine = _machine("flat", 0.0, 0.9, 2)

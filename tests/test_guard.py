@@ -10,8 +10,10 @@ GOOD, BAD = Judged(1, 2, 2, 1.5), Judged(1, 2, 0, 1.5)
 
 
 def _off() -> Guard:
+    """After a draft that was accepted and eight that were not worth it."""
     guard = Guard()
-    for _ in range(8):
+    guard.observe(Judged(1, 2, 1, 8.0), 1.0)
+    for _ in range(7):
         assert guard.on
         guard.observe(BAD, 1.0)
     assert not guard.on
@@ -32,6 +34,16 @@ def test_rounds_that_pay_keep_it_on() -> None:
         assert not guard.observe(GOOD, 1.0)
     assert guard.on
     assert not guard.trying
+
+
+def test_first_rounds_in_which_nothing_is_accepted_are_a_trial_that_failed() -> None:
+    guard = Guard()
+    guard.observe(Judged(1, 0, 0, 1.0), 1.0)
+    for _ in range(TRIAL):
+        assert guard.on
+        guard.observe(BAD, 1.0)
+    assert not guard.on
+    assert _wait(guard) == 16
 
 
 def test_bad_luck_of_a_few_rounds_does_not_turn_it_off() -> None:
