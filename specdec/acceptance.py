@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from specdec.types import RoundStats
 
 # What a count keeps of its weight from round to round: of one request, and of all.
-_OWN, _SHARED = 0.93, 0.96
+_OWN, _SHARED = 0.96, 0.96
 # How many observations the shared rate counts for in a request's own, and how many the first guess counts for in the shared one.
-_PRIOR, _FIRST_WEIGHT = 2.0, 2.0
+_PRIOR, _FIRST_WEIGHT = 6.0, 2.0
 # Of the likeliest guess; a further one has a share of what those before it left.
 _FIRST_GUESS, _NEXT_SHARE = 0.7, 0.4
 # Of a depth that was never reached, over the one before it.
-_DEEPER = 0.9
+_DEEPER = 1.0
 # What is left of the shared counts when a trial went against them.
 _DOUBT = 0.1
 # Weights grow instead of counts shrinking; beyond this they are brought back.

@@ -105,18 +105,19 @@ class Arm:
         depths = [[depth for _, depth in own] for own in paths]
         return Look(load, deepest, scores, depths, None if most.evenly else Candidates(scores, depths))
 
-    def plans(self, look: Look, costs: CostModel, *, hoped: bool) -> list[Plan]:
-        """The best plan for every limit of depth. hoped: see `Curve.hoped`."""
+    def plans(self, look: Look, costs: CostModel, *, hoped: bool, worth: float = 1.0) -> list[Plan]:
+        """The best plan for every limit of depth. hoped: see `Curve.hoped`.  worth: goodput over plain decoding's, at least."""
         load, candidates = look.load, look.candidates
         batch, nodes = len(load.requests), max(sum(map(len, look.scores)), 1)
         target = costs.target(batch, nodes, sum(load.lengths), share=self.offered, hoped=hoped)
+        plain_s, target[0] = target[0], target[0] / worth
         least, found = least_of(target), []
         for limit, draft in enumerate(costs.drafts(self.name, self.width, batch, look.deepest, hoped=hoped), 1):
             if candidates is not None:
                 best = candidates.best(target, draft, limit, least)
             else:
                 best = allocate_evenly(look.within(limit), target, draft)
-            found.append(self._plan(look, limit, best))
+            found.append(self._plan(look, limit, best, plain_s))
         return found
 
     def least(self, load: Load, costs: CostModel, every: int, turn: int) -> Plan:
@@ -136,11 +137,11 @@ class Arm:
             found.append([(self.offered * score, depth) for score, depth in path_scores(rates, nodes)])
         return found
 
-    def _plan(self, look: Look, limit: int, best: Allocation) -> Plan:
+    def _plan(self, look: Look, limit: int, best: Allocation, plain_s: float) -> Plan:
         deep = best.nodes
         if self.width > 1:
             within = [[depth for depth in own if depth <= limit] for own in look.depths]
             deep = tuple([max(own[:count], default=0) for own, count in zip(within, best.nodes, strict=True)])
         rows = self.offered * sum(best.nodes)
-        seconds = best.tokens / best.goodput
+        seconds = best.tokens / best.goodput if rows else plain_s
         return Plan(self.place, look.load.requests, best.nodes, deep, self.width, rows, best.tokens, seconds)

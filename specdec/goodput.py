@@ -31,10 +31,11 @@ _TOGETHER, _TRIES = 8, frozenset({"first", "hope", "trial"})
 _SEEN, _EARLY = 3.0, 32
 # A plan replaces another when it is better by this share.
 _HYSTERESIS = 0.02
-# Drafting has to be expected to be better than plain decoding by as much: luck makes the best of many plans look better than it is.
-_WORTH = 1.05
+# Drafting stops when it is expected to be slower than plain decoding by as much, for one request: a rate that has just fallen is
+# luck as often as not, of a single request most of all, and to stop costs what drafting gains until the next trial.
+_BAD_LUCK = 0.05
 # What an unmeasured plan has to promise over the best that is known.
-_PROMISING = 1.08
+_PROMISING = 1.04
 # Choices in which unmeasured sizes are looked for each time, and one among so many later.
 _SEARCHED, _SEARCHES = 32, 4
 # What trying unmeasured sizes may cost: a share of all time, so many plain rounds, and a share of what drafting has gained.
@@ -206,7 +207,7 @@ class GoodputPlanner:
         self._hopes_lost_s -= gained_s * (asked.why == "hope")
         if stats.cold_target or stats.cold_draft:
             # A cold round also prepares its size, which is paid once, by every planner, and says nothing of later rounds.
-            self._prepared_s += max(round_.seconds - _LONGEST * plain_s, 0.0)
+            self._prepared_s += max(round_.seconds - _LONGEST * plain_s, 0.0) * (asked.why == "hope")
             if guard.proven and not guard.trying:
                 return
         if guard.observe(round_, plain_s):
@@ -291,10 +292,11 @@ class GoodputPlanner:
     def _choose(self, load: Load) -> Plan:
         """The best plan, or an unmeasured one that could be better yet; the old one where it is nearly as good."""
         looks = [(arm, arm.look(load, self._costs, self._limits)) for arm in self._arms]
-        plans = self._plans(looks, hoped=False)
+        worth = 1.0 if self._plan is None else 1.0 - _BAD_LUCK / len(load.requests) ** 0.5
+        plans = self._plans(looks, hoped=False, worth=worth)
         best = max(plans, key=lambda plan: plan.goodput)
         plain = self._plain(load)
-        if best.goodput < plain.goodput * _WORTH:
+        if best.goodput < plain.goodput * worth:
             best = plain
         hope = self._hope(looks, plain.seconds)
         if hope is not None and hope.goodput > max(best.goodput, plain.goodput) * _PROMISING:
@@ -337,8 +339,8 @@ class GoodputPlanner:
         found = max(plans, key=lambda plan: plan.goodput)
         return found if any(found.nodes) else arm.least(load, self._costs, 1, 0)
 
-    def _plans(self, looks: Sequence[tuple[Arm, Look]], *, hoped: bool) -> list[Plan]:
-        return [plan for arm, look in looks for plan in arm.plans(look, self._costs, hoped=hoped)]
+    def _plans(self, looks: Sequence[tuple[Arm, Look]], *, hoped: bool, worth: float = 1.0) -> list[Plan]:
+        return [plan for arm, look in looks for plan in arm.plans(look, self._costs, hoped=hoped, worth=worth)]
 
     def _is_measured(self, plan: Plan) -> bool:
         arm, batch = self._arms[plan.arm], len(plan.requests)
