@@ -37,6 +37,7 @@ from specdec.bench.margin import explain
 from specdec.bench.opponents import KINDS, Watched, opponent
 from specdec.bench.replay import LENGTHS, Recording, Times, played
 from specdec.bench.speed import Prompt, load_prompts
+from specdec.bench.timing import set_loaded_aside
 from specdec.types import Budget, Draft, Load, RoundStats
 
 BATCHES, TEMPERATURES, WORKLOADS = (1, 4, 16), (0.0, 1.0), ("dialogue", "code", "docs")
@@ -153,6 +154,7 @@ class _Worker:
             self.bench.run(warm, self.bench.batch(WORKLOADS[0], 1, 0), job.temperature, new=_WARM)
             # What sizes take to get ready is paid by every method, plain decoding too.
             self.generator = self.bench.generator(job.kind, job.method)
+            set_loaded_aside()
             return None
         said = self.bench.run(self.generator, job.prompts, job.temperature, streamer)
         planner = self.generator.engine.planner

@@ -9,6 +9,7 @@ import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from specdec.bench.margin import explain, first_difference
 from specdec.bench.methods import Answer, Ask, Method
 from specdec.bench.records import HF, PLAIN, Gate, Machine, MethodInfo, Results, Settings, Status, Trial, from_json
 from specdec.bench.statistics import Cell, summarise, sums
-from specdec.bench.timing import rotation
+from specdec.bench.timing import loaded_aside, rotation
 from specdec.bench.workloads import Item, Prompts, items
 from specdec.errors import SpecDecError
 
@@ -231,8 +232,8 @@ class _Run:
         """Time every method on every item, all methods on an item before the next, in rotating order."""
         done = {(t.method, t.batch, t.temperature, t.item, t.repeat): tokens for t, tokens in self.store.kept}
         turn = 0
-        for repeat in range(self.settings.repeats):
-            for cell in self.cells:
+        with loaded_aside():
+            for repeat, cell in product(range(self.settings.repeats), self.cells):
                 for item in self.items[cell[0]]:
                     self._turn(cell, item, repeat, turn, done)
                     turn += 1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import Any
@@ -29,6 +31,26 @@ class Sample:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
+
+
+def set_loaded_aside() -> None:
+    """Leave what is loaded so far, models and libraries, out of Python's garbage collections.
+
+    A full one looks at 400,000 objects, took 270 ms on two cores, and falls on whichever method is running when enough was made.
+    """
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
+
+
+@contextmanager
+def loaded_aside() -> Iterator[None]:
+    """As `set_loaded_aside`, until the block ends."""
+    set_loaded_aside()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def timed(run: Callable[[], Any]) -> tuple[Any, float]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +19,7 @@ from specdec.bench import cross_vocabulary, machine, speed
 from specdec.bench.gpu_store import describe
 from specdec.bench.margin import explain, first_difference
 from specdec.bench.suite import this_machine
-from specdec.bench.timing import Sample, medians, ratio_interval, rotation
+from specdec.bench.timing import Sample, loaded_aside, medians, ratio_interval, rotation
 from specdec.bundled import bundled_path
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.errors import SpecDecError
@@ -181,3 +183,23 @@ def test_every_way_of_a_pair_is_measured_and_its_text_compared(tmp_path: Path, m
     assert {"plain", "intersection", "string"} <= {row["by"] for row in report["rows"]}
     assert all(row["same"] == row["prompts"] == 2 for row in report["rows"])
     assert all(row["tokens_per_round"] > 1 for row in report["rows"] if row["by"] == "intersection")
+
+
+class _Ring:
+    """Garbage that only a collection finds, once it is dropped."""
+
+    def __init__(self) -> None:
+        self.own = self
+
+
+def test_what_is_loaded_is_left_out_of_collections_while_measuring() -> None:
+    loaded = _Ring()
+    old = weakref.ref(loaded)
+    with loaded_aside():
+        del loaded
+        new = weakref.ref(_Ring())
+        gc.collect()
+        assert old() is not None
+        assert new() is None
+    gc.collect()
+    assert old() is None
