@@ -12,8 +12,6 @@ _OWN, _SHARED = 0.96, 0.96
 _PRIOR, _FIRST_WEIGHT = 6.0, 2.0
 # Of the likeliest guess; a further one has a share of what those before it left.
 _FIRST_GUESS, _NEXT_SHARE = 0.7, 0.4
-# Of a depth that was never reached, over the one before it.
-_DEEPER = 1.0
 # What is left of the shared counts when a trial went against them.
 _DOUBT = 0.1
 # Weights grow instead of counts shrinking; beyond this they are brought back.
@@ -122,7 +120,7 @@ class AcceptanceModel:
     def rates(self, request: int, depth: int, width: int = 1) -> list[list[float]]:
         """[depth][width]: the probability that this guess is the accepted one, given that its parent was accepted.
 
-        A new depth is a little less likely than the one before. The rows sum to 1 at most.
+        A depth that was never reached is as likely as the one before. The rows sum to 1 at most.
         """
         return self.of(request, self.shared(depth, width))
 
@@ -148,7 +146,7 @@ class AcceptanceModel:
         ]
 
     def _guesses(self, level: int, width: int, before: list[float]) -> list[float]:
-        known = list(self._known[level][:width]) if level < len(self._known) else [_DEEPER * rate for rate in before]
+        known = list(self._known[level][:width]) if level < len(self._known) else list(before)
         for rank in range(len(known), width):
             known = [*known, _FIRST_GUESS if not rank else _NEXT_SHARE * max(1 - sum(known), 0.0)]
         return known

@@ -143,5 +143,5 @@ class Arm:
             within = [[depth for depth in own if depth <= limit] for own in look.depths]
             deep = tuple([max(own[:count], default=0) for own, count in zip(within, best.nodes, strict=True)])
         rows = self.offered * sum(best.nodes)
-        seconds = best.tokens / best.goodput if rows else plain_s
+        seconds = best.tokens / best.goodput if any(best.nodes) else plain_s
         return Plan(self.place, look.load.requests, best.nodes, deep, self.width, rows, best.tokens, seconds)

@@ -306,7 +306,7 @@ class GoodputPlanner:
         if tried is not None:
             return tried
         old = self._plan
-        if old is not None and old.requests == load.requests:
+        if old is not None and any(old.nodes) and old.requests == load.requests:
             again = next((plan for plan in plans if plan.nodes == old.nodes and plan.arm == old.arm), None)
             if again is not None and again.goodput * (1 + _HYSTERESIS) > best.goodput:
                 return again
