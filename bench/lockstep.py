@@ -128,7 +128,10 @@ class Lockstep:
             process.join()
 
     def run(self, jobs: Mapping[str, Any], losers: Losers = lambda seconds: ()) -> dict[str, Ran]:
-        """Every method's job, segment by segment in their order and back, so that none is always the first.
+        """Every method's job, a segment each in their order, round and round.
+
+        Not in their order and back: the first and the last would run twice in a row, and find their weights in the processor's cache,
+        which was worth 8 % with eight methods.
 
         losers: asked after each segment of all. Raises SpecDecError when a method's process ends before its job.
         """
@@ -146,7 +149,6 @@ class Lockstep:
             for method in set(losers(seconds)) & set(running):
                 self._say(method, _OFF)
                 running.remove(method)
-            running.reverse()
         return {method: Ran(tuple(seconds[method]), results[method]) for method in jobs}
 
     def _say(self, method: str, what: Any) -> Segment:
