@@ -130,8 +130,8 @@ class Lockstep:
     def run(self, jobs: Mapping[str, Any], losers: Losers = lambda seconds: ()) -> dict[str, Ran]:
         """Every method's job, a segment each in their order, round and round.
 
-        Not in their order and back: the first and the last would run twice in a row, and find their weights in the processor's cache,
-        which was worth 8 % with eight methods.
+        Not in their order and back: the first and the last would run twice in a row and find their weights in the processor's
+        cache, which was worth 8 % with eight methods.
 
         losers: asked after each segment of all. Raises SpecDecError when a method's process ends before its job.
         """

@@ -40,8 +40,8 @@ class _Counts:
 
     def _at(self, depth: int, ranks: int) -> None:
         while len(self._reached) <= depth:
-            self._accepted.append([])
-            self._reached.append([])
+            self._accepted.append([0.0])
+            self._reached.append([0.0])
         missing = ranks - len(self._reached[depth])
         if missing > 0:
             self._accepted[depth] += [0.0] * missing
@@ -52,11 +52,13 @@ class _Counts:
 
         planned: a drafter that had less to offer is taken as refused there.
         """
-        for depth in range(min(accepted + 1, planned)):
-            self._at(depth, 1)
-            self._reached[depth][0] += self._weight
-            if depth < accepted:
-                self._accepted[depth][0] += self._weight
+        reached, weight = min(accepted + 1, planned), self._weight
+        if reached > len(self._reached):
+            self._at(reached - 1, 1)
+        for row in self._reached[:reached]:
+            row[0] += weight
+        for row in self._accepted[: min(accepted, planned)]:
+            row[0] += weight
 
     def add_levels(self, levels: Sequence[tuple[int, int]]) -> None:
         """A tree: see `RoundStats.levels`."""
