@@ -135,6 +135,8 @@ def verdict(cells: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """What the grid shows as a whole. cells: their reports, by name."""
     shares = [own["share_of_best"] for own in cells.values()]
     errors = [error for own in cells.values() for error in own["forecast_errors"]]
+    # The first rounds of a planner are those in which it learns, and sizes are run for the first time.
+    later = [error for own in cells.values() for error in own["forecast_errors"][1:]]
     return {
         "cells": len(cells),
         "wholly_below_0.97": [key for key, own in cells.items() if own["ratio"][2] < NOT_SLOWER],
@@ -145,6 +147,7 @@ def verdict(cells: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "least_ratio": min(own["ratio"][0] for own in cells.values()),
         "mean_share_of_best_fixed": fmean(shares),
         "forecasts_within_10_percent": sum(abs(e) <= 0.1 for e in errors) / len(errors) if errors else None,
+        "forecasts_within_10_percent_after_the_first": sum(abs(e) <= 0.1 for e in later) / len(later) if later else None,
         "median_own_share": median(own["own_share"] for own in cells.values()),
         "largest_own_share": max(own["own_share"] for own in cells.values()),
     }

@@ -26,6 +26,8 @@ _HOPED_GROWTH = 0.5
 _NEW = 0.04
 # Sizes that lie so near to a measured one count as measured.
 _NEAR = 0.12
+# Rounds that a drift is the mean of, about, and how many times as long as expected a round of them counts, at most.
+_DRIFT_ROUNDS, _DRIFT_MOST = 48, 3.0
 # Batch sizes that share their measurements; above them steps of a third.
 _BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 # A round that took longer or shorter by a larger share than this counts as one by this share, where contexts are compared.
@@ -33,6 +35,28 @@ _OUTLIES = 0.25
 # How much of what was seen of contexts stays from round to round; how fast the means of a size follow; deviation of contexts, in
 # tokens, from which on their slope is believed.
 _CONTEXT_STAYS, _MEANS_FOLLOW, _SURE = 0.99, 0.02, 50.0
+
+
+class Drift:
+    """What late rounds took over what was expected of them: times are medians, and rounds take longer than those on average.
+
+    For what is forecast; what is decided compares medians with medians.
+    """
+
+    def __init__(self) -> None:
+        self._expected = self._took = 0.0
+
+    def observe(self, expected_s: float, took_s: float) -> None:
+        """A finished round."""
+        if not self._expected:
+            self._expected = self._took = _DRIFT_ROUNDS * expected_s
+        self._expected += expected_s - self._expected / _DRIFT_ROUNDS
+        self._took += min(took_s, _DRIFT_MOST * expected_s) - self._took / _DRIFT_ROUNDS
+
+    @property
+    def factor(self) -> float:
+        """1 to begin with."""
+        return self._took / self._expected if self._expected else 1.0
 
 
 class Curve:

@@ -11,7 +11,7 @@ from torch import nn
 
 from specdec.acceptance import AcceptanceModel
 from specdec.arms import Arm, Limits, Look, Plan
-from specdec.costs import CostModel, bucket
+from specdec.costs import CostModel, Drift, bucket
 from specdec.drafters.base import Drafter
 from specdec.errors import SpecDecError
 from specdec.guard import Guard, Judged
@@ -23,7 +23,8 @@ logger = logging.getLogger(__name__)
 _PLAIN_EVERY = 96
 # Rounds that a new batch size goes by what others took, before its plain rounds are measured.
 _BORROWS = 8
-# Rounds that a plan stays once so many times as many went by since something changed; how many of those a new text leaves.
+# Rounds that a plan stays once so many times as many went by since something changed, in batches fewer times, of whose rounds each
+# says more; how many of those a new text leaves.
 _PLAN_STAYS, _SETTLES, _NEW_TEXT = 16, 4, 32
 # Rounds that are learned from together, at most; and those that are learned from at once.
 _TOGETHER, _TRIES = 8, frozenset({"first", "hope", "trial"})
@@ -101,7 +102,7 @@ class GoodputPlanner:
             raise SpecDecError(f"GoodputPlanner per={per!r}: give 'request' or 'batch'")
         self.post_draw = False
         self._limits, self._width, self._profile = Limits(most, most_nodes, evenly=per == "batch"), width, profile
-        self._costs = CostModel()
+        self._costs, self._drift = CostModel(), Drift()
         self._arms: list[Arm] = []
         self._traits: tuple[DrafterTraits, ...] = ()
         self._guards: dict[int, Guard] = {}
@@ -152,7 +153,7 @@ class GoodputPlanner:
             depth,
             (plan.width,) * len(nodes),
             drafter=self._arms[plan.arm].name or None,
-            forecast=Forecast(why, plan.tokens, plan.seconds),
+            forecast=Forecast(why, plan.tokens, plan.seconds * self._drift.factor),
         )
 
     def select(self, draft: Draft) -> Draft:
@@ -175,6 +176,8 @@ class GoodputPlanner:
         """Take in the finished rounds, in order."""
         finished, self._finished, self._rest = self._finished, [], None
         for asked, stats in finished:
+            if asked.plan.seconds < float("inf"):
+                self._drift.observe(asked.plan.seconds, stats.seconds)
             self._learn_times(asked, stats)
             if not any(asked.nodes):
                 self._undrafted += 1
@@ -200,16 +203,14 @@ class GoodputPlanner:
     def _learn_gain(self, asked: _Asked, stats: RoundStats) -> None:
         """What a round that drafted gained over plain decoding."""
         batch = len(stats.requests)
-        round_ = Judged(batch, sum(stats.drafted), sum(stats.accepted), stats.seconds)
+        cold = stats.cold_target or stats.cold_draft
+        round_ = Judged(batch, sum(stats.drafted), sum(stats.accepted), stats.seconds, cold)
         plain_s, guard = self._costs.plain(batch, asked.context), self._guard(batch)
         gained_s = round_.tokens * plain_s / batch - min(round_.seconds, _LONGEST * plain_s)
         self._gained_s += gained_s
         self._hopes_lost_s -= gained_s * (asked.why == "hope")
-        if stats.cold_target or stats.cold_draft:
-            # A cold round also prepares its size, which is paid once, by every planner, and says nothing of later rounds.
+        if cold:
             self._prepared_s += max(round_.seconds - _LONGEST * plain_s, 0.0) * (asked.why == "hope")
-            if guard.proven and not guard.trying:
-                return
         if guard.observe(round_, plain_s):
             self._arms[asked.plan.arm].rates.doubt()
             self._stays = self._steady = 0
@@ -279,7 +280,7 @@ class GoodputPlanner:
         self._steady += 1
         if self._plan is None or self._plan.requests != load.requests or self._stays <= 0:
             self._learn()
-            self._stays, self._hopes = min(1 + self._steady // _SETTLES, _PLAN_STAYS), False
+            self._stays, self._hopes = min(1 + int(self._steady * len(load.requests) ** 0.25 / _SETTLES), _PLAN_STAYS), False
             self._plan = self._choose(load)
             if self._steady < _EARLY and self._arms[self._plan.arm].rates.reached(max(self._plan.depth)) < _SEEN:
                 self._stays = 1

@@ -21,12 +21,15 @@ _SETTLED = 64
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """A round that drafted. batch: its requests.  drafted, accepted: tokens of all of them."""
+    """A round that drafted. batch: its requests.  drafted, accepted: tokens of all of them.  cold: it also prepared something,
+    which is paid once, by every planner, and says nothing of later rounds.
+    """
 
     batch: int
     drafted: int
     accepted: int
     seconds: float
+    cold: bool = False
 
     @property
     def tokens(self) -> int:
@@ -68,10 +71,12 @@ class Guard:
 
     def observe(self, round_: Judged, plain_s: float) -> bool:
         """A round that drafted is over. plain_s: of a plain round. Returns whether a trial has just gone well."""
-        # What else the machine did in a round is not lost to drafting.
-        self._lost_s += min(round_.seconds, _LONGEST * plain_s) - plain_s * round_.tokens / round_.batch
         if self._barren is not None:
             self._barren = None if round_.accepted else self._barren + (round_.drafted > 0)
+        if round_.cold and self.on and self.proven:
+            return False
+        # What else the machine did in a round is not lost to drafting.
+        self._lost_s += min(round_.seconds, _LONGEST * plain_s) - plain_s * round_.tokens / round_.batch
         if self.on:
             self._judge(round_, round_.batch / plain_s)
             if not self.on:
@@ -99,13 +104,15 @@ class Guard:
 
     def _judge(self, round_: Judged, plain: float) -> None:
         """plain: tokens a second without speculation."""
-        self._rounds += 1
-        self._window.append((round_.tokens, round_.seconds))
-        rounds = len(self._window)
         if self._barren is not None and self._barren >= TRIAL:
             # The first rounds are a trial like any other.
             self.on = False
             return
+        if round_.cold:
+            return
+        self._rounds += 1
+        self._window.append((round_.tokens, round_.seconds))
+        rounds = len(self._window)
         if rounds < _ENOUGH or self._rounds % _JUDGED_EVERY:
             return
         total = sum([count for count, _ in self._window])

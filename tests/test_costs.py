@@ -7,7 +7,7 @@ import random
 import pytest
 
 from specdec.acceptance import AcceptanceModel
-from specdec.costs import ContextSlope, CostModel, Curve, bucket
+from specdec.costs import ContextSlope, CostModel, Curve, Drift, bucket
 from specdec.types import RoundStats
 
 
@@ -75,6 +75,16 @@ def test_one_round_that_took_long_is_no_slope() -> None:
     for step in range(200):
         slope.observe(1, step, 100.0 if step == 150 else 1.0)
     assert slope.seconds < 1e-3
+
+
+def test_what_rounds_take_over_what_was_expected_is_followed_and_a_standstill_counts_little() -> None:
+    drift = Drift()
+    assert drift.factor == 1.0
+    for _ in range(200):
+        drift.observe(0.01, 0.011)
+    assert drift.factor == pytest.approx(1.1, rel=0.02)
+    drift.observe(0.01, 5.0)
+    assert drift.factor < 1.15
 
 
 def test_time_grows_with_context_where_it_was_seen_to() -> None:

@@ -46,6 +46,19 @@ def test_first_rounds_in_which_nothing_is_accepted_are_a_trial_that_failed() -> 
     assert _wait(guard) == 16
 
 
+def test_what_cold_rounds_took_is_not_held_against_drafting_unless_nothing_is_accepted() -> None:
+    guard = Guard()
+    guard.observe(Judged(1, 2, 1, 20.0, cold=True), 1.0)
+    for turn in range(100):
+        guard.observe(Judged(1, 2, 2, 20.0, cold=True) if turn % 2 else GOOD, 1.0)
+        assert guard.on
+    barren = Guard()
+    for _ in range(TRIAL):
+        assert barren.on
+        barren.observe(Judged(1, 2, 0, 20.0, cold=True), 1.0)
+    assert not barren.on
+
+
 def test_bad_luck_of_a_few_rounds_does_not_turn_it_off() -> None:
     guard = Guard()
     for turn in range(100):
