@@ -33,8 +33,10 @@ _BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 # A round that took longer or shorter by a larger share than this counts as one by this share, where contexts are compared.
 _OUTLIES = 0.25
 # How much of what was seen of contexts stays from round to round; how fast the means of a size follow; deviation of contexts, in
-# tokens, from which on their slope is believed.
-_CONTEXT_STAYS, _MEANS_FOLLOW, _SURE = 0.99, 0.02, 50.0
+# tokens of a request, from which on their slope is believed: within one text a machine that changes its pace looks like a slope.
+_CONTEXT_STAYS, _MEANS_FOLLOW, _SURE = 0.99, 0.005, 200.0
+# Share of a round's time that is left when what its context takes is taken away, at least.
+_BASE = 0.5
 
 
 class Drift:
@@ -171,22 +173,23 @@ class ContextSlope:
         """seconds: for each token, from a profile, until rounds show their own."""
         self._first = seconds
         self._means: dict[int, tuple[float, float]] = {}
-        self._both, self._own, self._weight = 0.0, 0.0, 0.0
+        self._both, self._own, self._apart, self._weight = 0.0, 0.0, 0.0, 0.0
 
-    def observe(self, size: int, context: int, seconds: float) -> None:
-        """A round."""
+    def observe(self, size: int, context: int, seconds: float, requests: int = 1) -> None:
+        """A round. context: of all its requests."""
         where, took = self._means.get(size, (float(context), seconds))
         # What else the machine did in a round says nothing of its context.
         off, late = context - where, max(min(seconds - took, took * _OUTLIES), -took * _OUTLIES)
         self._means[size] = where + _MEANS_FOLLOW * off, took + _MEANS_FOLLOW * late
         self._both = _CONTEXT_STAYS * self._both + off * late
         self._own = _CONTEXT_STAYS * self._own + off * off
+        self._apart = _CONTEXT_STAYS * self._apart + (off / requests) ** 2
         self._weight = _CONTEXT_STAYS * self._weight + 1
 
     @property
     def seconds(self) -> float:
         """For each token; not below zero."""
-        sure = min(self._own / (self._weight * _SURE**2), 1.0) if self._weight else 0.0
+        sure = min(self._apart / (self._weight * _SURE**2), 1.0) if self._weight else 0.0
         own = max(self._both / self._own, 0.0) if self._own else 0.0
         return sure * own + (1 - sure) * self._first
 
@@ -227,8 +230,8 @@ class CostModel:
         """A finished round. nodes: drafted in all.  context: committed tokens of all requests.  target_s: all but the drafting."""
         rows = batch + nodes
         self._knows_plain.clear()
-        self._slope.observe(rows, context, target_s)
-        base = max(target_s - self._slope.seconds * context, 0.1 * target_s)
+        self._slope.observe(rows, context, target_s, batch)
+        base = max(target_s - self._slope.seconds * context, _BASE * target_s)
         curve = self._target.setdefault(bucket(batch), Curve())
         known, pace = curve.settled(rows), self._pace
         self._by_rows.add(rows, base / pace)
