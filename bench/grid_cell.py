@@ -68,12 +68,11 @@ class Cell:
         said, self._stats, self._own_s = ran[OURS].result
         self._equal += said == ran[PLAIN].result[0]
         self._history += self._stats.history
-        lost = {name for name, own in ran.items() if own.result is None}
         if self.turns >= _SWEPT:
+            # One text in which a length does badly is no reason to leave it out.
             over = self._fixed()
-            enough = _WORSE * max(1.0, *[ratio for name, ratio in over.items() if name not in lost])
-            lost |= {name for name, ratio in over.items() if ratio < enough}
-        self.methods = [name for name in self.methods if name not in lost]
+            enough = _WORSE * max(1.0, *over.values())
+            self.methods = [name for name in self.methods if over.get(name, enough) >= enough]
 
     def report(self) -> dict[str, Any]:
         """For JSON."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from specdec.types import RoundStats
 
 # What a count keeps of its weight from round to round: of one request, and of all.
-_OWN, _SHARED = 0.96, 0.96
+_OWN, _SHARED = 0.96, 0.98
 # How many observations the shared rate counts for in a request's own, and how many the first guess counts for in the shared one.
 _PRIOR, _FIRST_WEIGHT = 6.0, 2.0
 # Of the likeliest guess; a further one has a share of what those before it left.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import accumulate
@@ -24,6 +24,8 @@ _GUESSED_GROWTH = 0.05
 _HOPED_GROWTH = 0.5
 # Share that a size is taken to need longer which never came: its first forward is a slow one.
 _NEW = 0.04
+# Share of the largest size from which its growth is told.
+_APART = 0.75
 # Sizes that lie so near to a measured one count as measured.
 _NEAR = 0.12
 # Rounds that a drift is the mean of, about, and how many times as long as expected a round of them counts, at most.
@@ -140,7 +142,7 @@ class Curve:
         for size in sizes:
             while below < len(fresh) and fresh[below] <= size:
                 below += 1
-            known = self._typical[fresh[below - 1]] if below else self._seconds()[0]
+            known = self._typical[fresh[below - 1]] if below else min(self._seconds()[0], self.at(size))
             grows = below >= 2 or (below and self._in_steps)
             found.append(known + _HOPED_GROWTH * max(self.at(size) - known, 0.0) if grows else known)
         return found
@@ -151,14 +153,20 @@ class Curve:
             return self._typical[int(size)]
         sizes, values = self._sizes, self._seconds()
         if size <= sizes[0]:
-            return values[0]
+            return values[0] * size / sizes[0] if self._in_steps else values[0]
         if size >= sizes[-1]:
-            guessed = values[0] / sizes[0] if self._in_steps else _GUESSED_GROWTH * values[0]
-            steep = guessed if len(sizes) == 1 else (values[-1] - values[-2]) / (sizes[-1] - sizes[-2])
-            return values[-1] + steep * (size - sizes[-1])
+            return values[-1] + self._steep() * (size - sizes[-1])
         right = bisect_left(sizes, size)
         share = (size - sizes[right - 1]) / (sizes[right] - sizes[right - 1])
         return values[right - 1] + share * (values[right] - values[right - 1])
+
+    def _steep(self) -> float:
+        """Growth behind the largest size, as it was from a size that is not too near to tell."""
+        sizes, values = self._sizes, self._seconds()
+        if len(sizes) == 1:
+            return values[0] / sizes[0] if self._in_steps else _GUESSED_GROWTH * values[0]
+        before = max(bisect_right(sizes, _APART * sizes[-1]) - 1, 0)
+        return (values[-1] - values[before]) / (sizes[-1] - sizes[before])
 
 
 def within(ratio: float) -> float:

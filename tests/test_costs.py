@@ -100,6 +100,30 @@ def test_time_grows_with_context_where_it_was_seen_to() -> None:
     assert flat.seconds < 1e-4
 
 
+def test_a_machine_that_changes_its_pace_within_a_text_is_no_slope() -> None:
+    """Sixteen requests, whose contexts grow together while rounds come to take a third longer."""
+    costs = CostModel()
+    for step in range(40):
+        costs.observe(16, 0 if step % 2 else 32, 16 * (100 + step), (1.0 if step < 20 else 1.35) * (1.0 if step % 2 else 1.3))
+    assert 0.95 < costs.plain(16, 16 * 140) < 1.45
+    assert costs.target(16, 32, 16 * 140)[32] / costs.plain(16, 16 * 140) == pytest.approx(1.3, rel=0.05)
+
+
+def test_growth_behind_the_largest_size_is_not_told_from_two_that_are_nearly_equal() -> None:
+    curve = Curve()
+    for size, seconds in ((16, 1.0), (47, 1.3), (48, 1.4)):
+        for _ in range(9):
+            curve.add(size, seconds)
+    assert curve.at(80) == pytest.approx(1.8)
+
+
+def test_a_shorter_draft_than_any_measured_is_taken_to_be_as_much_faster() -> None:
+    drafts = Curve({2: 2.0, 4: 4.0}, in_steps=True)
+    assert drafts.at(1) == pytest.approx(1.0)
+    assert drafts.hoped(1) == pytest.approx(1.0)
+    assert Curve({2: 2.0, 4: 4.0}).at(1) == pytest.approx(2.0)
+
+
 def test_rates_are_shared_until_a_request_has_its_own() -> None:
     model = AcceptanceModel()
     for _ in range(100):
