@@ -34,7 +34,7 @@ class Limits:
 class Plan:
     """arm: its place.  nodes, depth: by request, in order.  rows: drafted nodes to be expected in all.
 
-    tokens, seconds: expected of the round.
+    tokens, seconds: expected of the round.  worth: of an accepted token, over that of a token of plain decoding.
     """
 
     arm: int
@@ -45,21 +45,23 @@ class Plan:
     rows: float
     tokens: float
     seconds: float
+    worth: float = 1.0
 
     @property
     def goodput(self) -> float:
-        """Tokens a second."""
-        return self.tokens / self.seconds
+        """Tokens a second, each for what it is worth."""
+        batch = len(self.requests)
+        return (batch + self.worth * (self.tokens - batch)) / self.seconds
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What an arm could draft for a load. deepest: levels that are thought of.  scores, depths: of each request's nodes.
-
-    candidates: of all requests; None where all are to get the same number of nodes.
+    """What an arm could draft for a load. worth: of an accepted token.  deepest: levels that are thought of.  scores, depths: of
+    each request's nodes, the scores times the worth.  candidates: of all requests; None where all are to get the same number.
     """
 
     load: Load
+    worth: float
     deepest: int
     scores: Sequence[Sequence[float]]
     depths: Sequence[Sequence[int]]
@@ -96,14 +98,14 @@ class Arm:
         self.offered += _FOLLOW * (drafted / asked - self.offered)
         self.rates.observe(stats, planned)
 
-    def look(self, load: Load, costs: CostModel, most: Limits) -> Look:
-        """What could be drafted now."""
+    def look(self, load: Load, costs: CostModel, most: Limits, worth: float = 1.0) -> Look:
+        """What could be drafted now. worth: of an accepted token."""
         batch = len(load.requests)
         deepest = min(max(_DEEPER * costs.deepest(self.name, self.width, batch) + 1, _FIRST_DEPTH), most.depth)
         paths = self._paths(load, deepest, max(min(most.nodes, most.together // batch), 1))
-        scores = [[score for score, _ in own] for own in paths]
+        scores = [[worth * score for score, _ in own] for own in paths]
         depths = [[depth for _, depth in own] for own in paths]
-        return Look(load, deepest, scores, depths, None if most.evenly else Candidates(scores, depths))
+        return Look(load, worth, deepest, scores, depths, None if most.evenly else Candidates(scores, depths))
 
     def plans(self, look: Look, costs: CostModel, *, hoped: bool, worth: float = 1.0) -> list[Plan]:
         """The best plan for every limit of depth. hoped: see `Curve.hoped`.  worth: goodput over plain decoding's, at least."""
@@ -144,4 +146,6 @@ class Arm:
             deep = tuple([max(own[:count], default=0) for own, count in zip(within, best.nodes, strict=True)])
         rows = self.offered * sum(best.nodes)
         seconds = best.tokens / best.goodput if any(best.nodes) else plain_s
-        return Plan(self.place, look.load.requests, best.nodes, deep, self.width, rows, best.tokens, seconds)
+        batch, worth = len(look.load.requests), look.worth
+        tokens = batch + (best.tokens - batch) / worth
+        return Plan(self.place, look.load.requests, best.nodes, deep, self.width, rows, tokens, seconds, worth)

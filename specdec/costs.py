@@ -267,6 +267,13 @@ class CostModel:
         """Seconds of a round without a draft."""
         return self._pace * self._curve_of(batch).at(batch) + self._slope.seconds * context
 
+    def alone(self, batch: int, context: int) -> float:
+        """Share of a plain round's time that grows with its requests: what another as many rows would take."""
+        if batch == 1 or not self.any_known:
+            return 1.0
+        seconds = self.target(batch, batch, context)
+        return min(max(seconds[-1] / seconds[0] - 1, 0.0), 1.0)
+
     def target(self, batch: int, most: int, context: int, *, share: float = 1.0, hoped: bool = False) -> list[float]:
         """Seconds of rounds with 0, 1, ..., most nodes asked for, the drafting left out.
 

@@ -16,6 +16,7 @@ from specdec.drafters.base import Drafter
 from specdec.errors import SpecDecError
 from specdec.guard import Guard, Judged
 from specdec.profile import Profile, check_fits, default_path, read_profile
+from specdec.stragglers import Stragglers
 from specdec.types import Budget, Draft, DrafterTraits, Forecast, Load, RoundStats
 
 logger = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ class GoodputPlanner:
             raise SpecDecError(f"GoodputPlanner per={per!r}: give 'request' or 'batch'")
         self.post_draw = False
         self._limits, self._width, self._profile = Limits(most, most_nodes, evenly=per == "batch"), width, profile
-        self._costs, self._drift = CostModel(), Drift()
+        self._costs, self._drift, self._stragglers = CostModel(), Drift(), Stragglers()
         self._arms: list[Arm] = []
         self._traits: tuple[DrafterTraits, ...] = ()
         self._guards: dict[int, Guard] = {}
@@ -179,6 +180,7 @@ class GoodputPlanner:
             if asked.plan.seconds < float("inf"):
                 self._drift.observe(asked.plan.seconds, stats.seconds)
             self._learn_times(asked, stats)
+            self._stragglers.observe(bucket(len(stats.requests)), stats.requests, stats.accepted)
             if not any(asked.nodes):
                 self._undrafted += 1
                 continue
@@ -204,7 +206,7 @@ class GoodputPlanner:
         """What a round that drafted gained over plain decoding."""
         batch = len(stats.requests)
         cold = stats.cold_target or stats.cold_draft
-        round_ = Judged(batch, sum(stats.drafted), sum(stats.accepted), stats.seconds, cold)
+        round_ = Judged(batch, sum(stats.drafted), sum(stats.accepted), stats.seconds, cold, self._worth(batch, asked.context))
         plain_s, guard = self._costs.plain(batch, asked.context), self._guard(batch)
         gained_s = round_.tokens * plain_s / batch - min(round_.seconds, _LONGEST * plain_s)
         self._gained_s += gained_s
@@ -223,6 +225,7 @@ class GoodputPlanner:
         for request, length in zip(load.requests, load.lengths, strict=True):
             if length < self._lengths.get(request, length + 1):
                 self._learn()
+                self._stragglers.end()
                 for arm in self._arms:
                     arm.rates.forget(request)
                 self._guard(len(load.requests)).new_text()
@@ -292,7 +295,8 @@ class GoodputPlanner:
 
     def _choose(self, load: Load) -> Plan:
         """The best plan, or an unmeasured one that could be better yet; the old one where it is nearly as good."""
-        looks = [(arm, arm.look(load, self._costs, self._limits)) for arm in self._arms]
+        value = self._worth(len(load.requests), sum(load.lengths))
+        looks = [(arm, arm.look(load, self._costs, self._limits, value)) for arm in self._arms]
         worth = 1.0 if self._plan is None else 1.0 - _BAD_LUCK / len(load.requests) ** 0.5
         plans = self._plans(looks, hoped=False, worth=worth)
         best = max(plans, key=lambda plan: plan.goodput)
@@ -303,7 +307,7 @@ class GoodputPlanner:
         if hope is not None and hope.goodput > max(best.goodput, plain.goodput) * _PROMISING:
             self._stays, self._hopes = 1, True
             return hope
-        tried = self._tried_again(load, best)
+        tried = self._tried_again(load, best, value)
         if tried is not None:
             return tried
         old = self._plan
@@ -312,6 +316,11 @@ class GoodputPlanner:
             if again is not None and again.goodput * (1 + _HYSTERESIS) > best.goodput:
                 return again
         return best
+
+    def _worth(self, batch: int, context: int) -> float:
+        """Of an accepted token: what requests take for themselves is saved whoever ends sooner, the rest if the last one does."""
+        alone = self._costs.alone(batch, context)
+        return alone + (1 - alone) * self._stragglers.share(bucket(batch))
 
     def _hope(self, looks: Sequence[tuple[Arm, Look]], plain_s: float) -> Plan | None:
         """The unmeasured plan that could be the best of them; not looked for each time once much is measured, nor at any price."""
@@ -326,7 +335,7 @@ class GoodputPlanner:
         plans = [plan for plan in self._plans(looks, hoped=True) if not self._is_measured(plan)]
         return max(plans, key=lambda plan: plan.goodput, default=None)
 
-    def _tried_again(self, load: Load, best: Plan) -> Plan | None:
+    def _tried_again(self, load: Load, best: Plan, value: float) -> Plan | None:
         """A plan of a drafter that was not used for long."""
         known = self._arms[best.arm].rates
         stale = [arm for arm in self._arms if arm.stale and arm.rates is not known]
@@ -336,7 +345,7 @@ class GoodputPlanner:
         arm.lost()
         arm.rates.doubt()
         self._stays = _TRIED
-        plans = self._plans([(arm, arm.look(load, self._costs, self._limits))], hoped=False)
+        plans = self._plans([(arm, arm.look(load, self._costs, self._limits, value))], hoped=False)
         found = max(plans, key=lambda plan: plan.goodput)
         return found if any(found.nodes) else arm.least(load, self._costs, 1, 0)
 

@@ -22,7 +22,7 @@ _SETTLED = 64
 @dataclass(frozen=True, slots=True)
 class Judged:
     """A round that drafted. batch: its requests.  drafted, accepted: tokens of all of them.  cold: it also prepared something,
-    which is paid once, by every planner, and says nothing of later rounds.
+    which is paid once, by every planner, and says nothing of later rounds.  worth: of an accepted token.
     """
 
     batch: int
@@ -30,11 +30,12 @@ class Judged:
     accepted: int
     seconds: float
     cold: bool = False
+    worth: float = 1.0
 
     @property
-    def tokens(self) -> int:
-        """That it gave."""
-        return self.batch + self.accepted
+    def tokens(self) -> float:
+        """That it gave, each for what it is worth."""
+        return self.batch + self.worth * self.accepted
 
 
 @dataclass(slots=True)
@@ -53,7 +54,7 @@ class Guard:
     _barren: int | None = 0
     _tried: int = 0
     _lost_s: float = 0.0
-    _window: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_WINDOW))
+    _window: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=_WINDOW))
 
     @property
     def trying(self) -> bool:

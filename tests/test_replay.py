@@ -49,6 +49,17 @@ def test_no_cell_is_slower_than_plain_decoding(name: str, batch: int) -> None:
     assert ours.goodput >= 0.85 * max(lengths.values())
 
 
+def test_a_batch_that_waits_for_one_text_is_judged_by_that_text() -> None:
+    """Rounds take about as long for one request as for eight; seven of eight texts are always accepted, and one never is."""
+    times = tuple(Times(b, tuple(1 + 0.01 * b * (n + 1) for n in LENGTHS), tuple(0.1 * n for n in LENGTHS)) for b in (1, 8))
+    texts = ("0" * 128, *("".join(str(min(8, 127 - place)) for place in range(128)) for _ in range(7)))
+    recording = Recording(times, {"one lags": texts})
+    lengths = fixed(recording, "one lags", 8, turns=12)
+    assert max(lengths.values()) == lengths[0]
+    assert lengths[2] < 0.9 * lengths[0]
+    assert replay(recording, "one lags", 8, GoodputPlanner(), turns=12).goodput >= 0.95 * lengths[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", BATCHES)
 def test_no_cell_recorded_on_a_real_machine_is_slower(batch: int) -> None:
