@@ -133,9 +133,7 @@ def paired_ratio(plain: Sequence[float], ours: Sequence[float]) -> tuple[float, 
 def verdict(cells: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """What the grid shows as a whole. cells: their reports, by name."""
     shares = [own["share_of_best"] for own in cells.values()]
-    errors = [error for own in cells.values() for error in own["forecast_errors"]]
-    # The first rounds of a planner are those in which it learns, and sizes are run for the first time.
-    later = [error for own in cells.values() for error in own["forecast_errors"][1:]]
+    errors = [own["forecast_errors"] for own in cells.values()]
     return {
         "cells": len(cells),
         "wholly_below_0.97": [key for key, own in cells.items() if own["ratio"][2] < NOT_SLOWER],
@@ -145,11 +143,18 @@ def verdict(cells: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "mean_ratio": exp(fmean([log(own["ratio"][0]) for own in cells.values()])),
         "least_ratio": min(own["ratio"][0] for own in cells.values()),
         "mean_share_of_best_fixed": fmean(shares),
-        "forecasts_within_10_percent": sum(abs(e) <= 0.1 for e in errors) / len(errors) if errors else None,
-        "forecasts_within_10_percent_after_the_first": sum(abs(e) <= 0.1 for e in later) / len(later) if later else None,
+        "forecasts_within_10_percent": _within(errors),
+        # In its first rounds a planner learns, and sizes are run for the first time.
+        "forecasts_within_10_percent_after_the_first": _within([own[1:] for own in errors]),
         "median_own_share": median(own["own_share"] for own in cells.values()),
         "largest_own_share": max(own["own_share"] for own in cells.values()),
     }
+
+
+def _within(errors: Sequence[Sequence[float]], most: float = 0.1) -> float | None:
+    """Share of the windows whose forecast was off by no more than this; None without windows."""
+    near = [abs(error) <= most for own in errors for error in own]
+    return sum(near) / len(near) if near else None
 
 
 def _decided(ratio: Sequence[float]) -> bool:

@@ -34,7 +34,8 @@ class Limits:
 class Plan:
     """arm: its place.  nodes, depth: by request, in order.  rows: drafted nodes to be expected in all.
 
-    tokens, seconds: expected of the round.  worth: of an accepted token, over that of a token of plain decoding.
+    tokens, seconds: expected of the round.  worth: of an accepted token, over that of a token of plain decoding; 1 in trials, which
+    are judged by what is accepted.
     """
 
     arm: int
@@ -107,12 +108,12 @@ class Arm:
         depths = [[depth for _, depth in own] for own in paths]
         return Look(load, worth, deepest, scores, depths, None if most.evenly else Candidates(scores, depths))
 
-    def plans(self, look: Look, costs: CostModel, *, hoped: bool, worth: float = 1.0) -> list[Plan]:
-        """The best plan for every limit of depth. hoped: see `Curve.hoped`.  worth: goodput over plain decoding's, at least."""
+    def plans(self, look: Look, costs: CostModel, *, hoped: bool, enough: float = 1.0) -> list[Plan]:
+        """The best plan for every limit of depth. hoped: see `Curve.hoped`.  enough: goodput over plain decoding's, at least."""
         load, candidates = look.load, look.candidates
         batch, nodes = len(load.requests), max(sum(map(len, look.scores)), 1)
         target = costs.target(batch, nodes, sum(load.lengths), share=self.offered, hoped=hoped)
-        plain_s, target[0] = target[0], target[0] / worth
+        plain_s, target[0] = target[0], target[0] / enough
         least, found = least_of(target), []
         for limit, draft in enumerate(costs.drafts(self.name, self.width, batch, look.deepest, hoped=hoped), 1):
             if candidates is not None:

@@ -38,7 +38,7 @@ _OUTLIES = 0.25
 # tokens of a request, from which on their slope is believed: within one text a machine that changes its pace looks like a slope.
 _CONTEXT_STAYS, _MEANS_FOLLOW, _SURE = 0.99, 0.005, 200.0
 # Share of a round's time that is left when what its context takes is taken away, at least.
-_BASE = 0.5
+_BASE = 0.1
 
 
 class Drift:
@@ -268,11 +268,12 @@ class CostModel:
         return self._pace * self._curve_of(batch).at(batch) + self._slope.seconds * context
 
     def alone(self, batch: int, context: int) -> float:
-        """Share of a plain round's time that grows with its requests: what another as many rows would take."""
+        """Share of a plain round's time that grows with its requests: their rows, and what each reads of its context."""
         if batch == 1 or not self.any_known:
             return 1.0
-        seconds = self.target(batch, batch, context)
-        return min(max(seconds[-1] / seconds[0] - 1, 0.0), 1.0)
+        curve, read = self._curve_of(batch), self._slope.seconds * context
+        rows = self._pace * max(curve.at(2 * batch) - curve.at(batch), 0.0)
+        return min((rows + read) / self.plain(batch, context), 1.0)
 
     def target(self, batch: int, most: int, context: int, *, share: float = 1.0, hoped: bool = False) -> list[float]:
         """Seconds of rounds with 0, 1, ..., most nodes asked for, the drafting left out.

@@ -177,8 +177,6 @@ class GoodputPlanner:
         """Take in the finished rounds, in order."""
         finished, self._finished, self._rest = self._finished, [], None
         for asked, stats in finished:
-            if asked.plan.seconds < float("inf"):
-                self._drift.observe(asked.plan.seconds, stats.seconds)
             self._learn_times(asked, stats)
             self._stragglers.observe(bucket(len(stats.requests)), stats.requests, stats.accepted)
             if not any(asked.nodes):
@@ -192,9 +190,11 @@ class GoodputPlanner:
             self._learn_gain(asked, stats)
 
     def _learn_times(self, asked: _Asked, stats: RoundStats) -> None:
-        """What a warm round took."""
+        """What a round took: of times by size only what a warm one did."""
         batch, drafted, arm = len(stats.requests), sum(stats.drafted), self._arms[asked.plan.arm]
         self._total_s += stats.seconds
+        if asked.plan.seconds < float("inf"):
+            self._drift.observe(asked.plan.seconds, stats.seconds)
         if not stats.cold_target:
             self._costs.observe(batch, drafted, asked.context, stats.undrafted_s)
         if drafted and not stats.cold_draft:
@@ -206,7 +206,7 @@ class GoodputPlanner:
         """What a round that drafted gained over plain decoding."""
         batch = len(stats.requests)
         cold = stats.cold_target or stats.cold_draft
-        round_ = Judged(batch, sum(stats.drafted), sum(stats.accepted), stats.seconds, cold, self._worth(batch, asked.context))
+        round_ = Judged(batch, sum(stats.drafted), sum(stats.accepted), stats.seconds, cold, asked.plan.worth)
         plain_s, guard = self._costs.plain(batch, asked.context), self._guard(batch)
         gained_s = round_.tokens * plain_s / batch - min(round_.seconds, _LONGEST * plain_s)
         self._gained_s += gained_s
@@ -295,19 +295,19 @@ class GoodputPlanner:
 
     def _choose(self, load: Load) -> Plan:
         """The best plan, or an unmeasured one that could be better yet; the old one where it is nearly as good."""
-        value = self._worth(len(load.requests), sum(load.lengths))
-        looks = [(arm, arm.look(load, self._costs, self._limits, value)) for arm in self._arms]
-        worth = 1.0 if self._plan is None else 1.0 - _BAD_LUCK / len(load.requests) ** 0.5
-        plans = self._plans(looks, hoped=False, worth=worth)
+        worth = self._worth(load)
+        looks = [(arm, arm.look(load, self._costs, self._limits, worth)) for arm in self._arms]
+        enough = 1.0 if self._plan is None else 1.0 - _BAD_LUCK / len(load.requests) ** 0.5
+        plans = self._plans(looks, hoped=False, enough=enough)
         best = max(plans, key=lambda plan: plan.goodput)
         plain = self._plain(load)
-        if best.goodput < plain.goodput * worth:
+        if best.goodput < plain.goodput * enough:
             best = plain
         hope = self._hope(looks, plain.seconds)
         if hope is not None and hope.goodput > max(best.goodput, plain.goodput) * _PROMISING:
             self._stays, self._hopes = 1, True
             return hope
-        tried = self._tried_again(load, best, value)
+        tried = self._tried_again(load, best, worth)
         if tried is not None:
             return tried
         old = self._plan
@@ -317,9 +317,10 @@ class GoodputPlanner:
                 return again
         return best
 
-    def _worth(self, batch: int, context: int) -> float:
+    def _worth(self, load: Load) -> float:
         """Of an accepted token: what requests take for themselves is saved whoever ends sooner, the rest if the last one does."""
-        alone = self._costs.alone(batch, context)
+        batch = len(load.requests)
+        alone = self._costs.alone(batch, sum(load.lengths))
         return alone + (1 - alone) * self._stragglers.share(bucket(batch))
 
     def _hope(self, looks: Sequence[tuple[Arm, Look]], plain_s: float) -> Plan | None:
@@ -335,7 +336,7 @@ class GoodputPlanner:
         plans = [plan for plan in self._plans(looks, hoped=True) if not self._is_measured(plan)]
         return max(plans, key=lambda plan: plan.goodput, default=None)
 
-    def _tried_again(self, load: Load, best: Plan, value: float) -> Plan | None:
+    def _tried_again(self, load: Load, best: Plan, worth: float) -> Plan | None:
         """A plan of a drafter that was not used for long."""
         known = self._arms[best.arm].rates
         stale = [arm for arm in self._arms if arm.stale and arm.rates is not known]
@@ -345,12 +346,12 @@ class GoodputPlanner:
         arm.lost()
         arm.rates.doubt()
         self._stays = _TRIED
-        plans = self._plans([(arm, arm.look(load, self._costs, self._limits, value))], hoped=False)
+        plans = self._plans([(arm, arm.look(load, self._costs, self._limits, worth))], hoped=False)
         found = max(plans, key=lambda plan: plan.goodput)
         return found if any(found.nodes) else arm.least(load, self._costs, 1, 0)
 
-    def _plans(self, looks: Sequence[tuple[Arm, Look]], *, hoped: bool, worth: float = 1.0) -> list[Plan]:
-        return [plan for arm, look in looks for plan in arm.plans(look, self._costs, hoped=hoped, worth=worth)]
+    def _plans(self, looks: Sequence[tuple[Arm, Look]], *, hoped: bool, enough: float = 1.0) -> list[Plan]:
+        return [plan for arm, look in looks for plan in arm.plans(look, self._costs, hoped=hoped, enough=enough)]
 
     def _is_measured(self, plan: Plan) -> bool:
         arm, batch = self._arms[plan.arm], len(plan.requests)

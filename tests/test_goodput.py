@@ -122,7 +122,7 @@ def test_the_choice_is_the_models_best_within_two_percent(seed: int) -> None:
     scores = [[score for score, _ in path_scores(arm.rates.rates(r, deepest), deepest)] for r in range(batch)]
     best = 0.0
     for counts in product(range(deepest + 1), repeat=batch):
-        tokens = batch + planner._worth(batch, 50 * batch) * sum(sum(row[:n]) for row, n in zip(scores, counts, strict=True))
+        tokens = batch + planner._worth(load) * sum(sum(row[:n]) for row, n in zip(scores, counts, strict=True))
         seconds = planner._costs.target(batch, sum(counts), 50 * batch)[-1] + (drafting[max(counts)] if max(counts) else 0.0)
         best = max(best, tokens / seconds)
     assert found.goodput >= 0.98 * best

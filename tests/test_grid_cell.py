@@ -129,4 +129,5 @@ def test_the_verdict_names_cells_that_are_slower_unsure_or_different() -> None:
     assert found["neither_narrow_nor_above_0.97"] == ["unsure"]
     assert found["not_equal"] == found["beyond_rounding"] == ["unsure"]
     assert found["forecasts_within_10_percent"] == 0.5
+    assert found["forecasts_within_10_percent_after_the_first"] == 0.0
     assert found["least_ratio"] == 0.9
