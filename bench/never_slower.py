@@ -34,8 +34,9 @@ from specdec.bench.grid_cell import METHODS, OURS, PLAIN, Cell, losers, verdict
 from specdec.bench.lockstep import Lockstep
 from specdec.bench.machine import machine
 from specdec.bench.margin import explain
+from specdec.bench.noise import Busy
 from specdec.bench.opponents import KINDS, Watched, opponent
-from specdec.bench.replay import LENGTHS, Recording, Times, played
+from specdec.bench.replay import LENGTHS, Machine, Recording, Times, played
 from specdec.bench.speed import Prompt, load_prompts
 from specdec.bench.timing import set_loaded_aside
 from specdec.types import Budget, Draft, Load, RoundStats
@@ -258,10 +259,15 @@ def replayed(
     recording: Annotated[Path, typer.Argument(help="what `record` wrote")],
     output: Annotated[Path | None, typer.Option(help="JSON to write")] = None,
     rounds: Annotated[int, typer.Option(help="plain rounds that a cell lasts for, at least")] = 1024,
+    busy: Annotated[int, typer.Option(help="hosts that others use, made up, to play each cell on; 0 for one quiet host")] = 0,
 ) -> None:
-    """Play the grid without noise, a fresh planner for each cell."""
+    """Play the grid on what was recorded, a fresh planner for each cell, without noise or with one that is made up."""
     known, console = Recording.read(recording), Console()
-    rows = {f"{batch}/{key}": played(known, key, batch, rounds) for batch, key in product(BATCHES, known.texts)}
+    keys = list(product(BATCHES, known.texts))
+    rows = {}
+    for batch, key in track(keys, "cells", console=console):
+        hosts: list[Machine] = [Busy(known, seed) for seed in range(busy)]
+        rows[f"{batch}/{key}"] = played(known, key, batch, rounds, hosts)
     table = Table("cell", "over plain decoding", "best fixed length", "over that")
     for name, row in rows.items():
         table.add_row(name, f"{row['vs_plain']:.3f}", str(row["best_fixed"]), f"{row['vs_best_fixed']:.3f}")
@@ -269,7 +275,8 @@ def replayed(
     lowest, mean = min(row["vs_plain"] for row in rows.values()), sum(row["vs_best_fixed"] for row in rows.values()) / len(rows)
     console.print(f"least over plain decoding {lowest:.3f}; mean over the best fixed length {mean:.3f}")
     if output:
-        output.write_text(json.dumps({"cells": rows, "least_vs_plain": lowest, "mean_vs_best_fixed": mean}, indent=1))
+        whole = {"busy_hosts": busy, "least_vs_plain": lowest, "mean_vs_best_fixed": mean}
+        output.write_text(json.dumps({"cells": rows, **whole}, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Planners on a recorded machine: times of rounds and accepted drafts as they were measured, without the noise.
+"""Planners on a recorded machine: times of rounds and accepted drafts as they were measured, without the noise or with one made up.
 
 A text is recorded as one number for each of its tokens: how many of the tokens drafted there the target accepts. Times are
 recorded by batch size, drafted nodes and depth. A planner then meets the very rounds that it would have met, and the same planner
@@ -8,13 +8,15 @@ meets the same rounds each time.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import geometric_mean
+from typing import Protocol
 
 from specdec import GoodputPlanner
 from specdec.planner import FixedPlanner, Planner
-from specdec.types import DrafterTraits, Load, RoundStats
+from specdec.types import Budget, DrafterTraits, Load, RoundStats
 
 LENGTHS = (0, 1, 2, 3, 4, 6, 8)
 _TRAITS = (DrafterTraits("", "chain"),)
@@ -84,8 +86,40 @@ def _between(values: Sequence[float], length: float) -> float:
 
 
 @dataclass(frozen=True, slots=True)
+class Took:
+    """A round's seconds. target_s, draft_s: by the clock, which a planner sees.  counted_s: what it is judged by."""
+
+    target_s: float
+    draft_s: float
+    counted_s: float
+    cold_target: bool = False
+    cold_draft: bool = False
+
+
+class Machine(Protocol):
+    """What rounds take."""
+
+    def took(self, drafted: Sequence[int], behind: int) -> Took:
+        """The next round. drafted: tokens of each request.  behind: tokens that those who draft have to read before."""
+
+
+class Quiet:
+    """Rounds take what was recorded, each time."""
+
+    def __init__(self, recording: Recording) -> None:
+        """recording: its times."""
+        self._recording = recording
+
+    def took(self, drafted: Sequence[int], behind: int) -> Took:
+        """Whatever came before."""
+        target_s = self._recording.target_s(len(drafted), sum(drafted))
+        draft_s = self._recording.draft_s(len(drafted), max(drafted))
+        return Took(target_s, draft_s, target_s + draft_s)
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a planner made of a cell. rounds: with their forecasts."""
+    """What a planner made of a cell. seconds: that it is judged by.  rounds: with their forecasts."""
 
     tokens: int
     seconds: float
@@ -97,34 +131,51 @@ class Outcome:
         return self.tokens / self.seconds
 
 
-def replay(recording: Recording, key: str, batch: int, planner: Planner, turns: int = 1) -> Outcome:
-    """All texts of `key`, `batch` at a time, and all again `turns` times, with one planner."""
-    texts = recording.texts[key] * turns
+def replay(recording: Recording, key: str, batch: int, planner: Planner, turns: int = 1, machine: Machine | None = None) -> Outcome:
+    """All texts of `key`, `batch` at a time, and all again `turns` times, with one planner. machine: a quiet one by default."""
+    texts, machine = recording.texts[key] * turns, machine or Quiet(recording)
     rounds: list[RoundStats] = []
+    seconds = 0.0
     for first in range(0, len(texts) - batch + 1, batch):
-        rounds += _replayed(recording, texts[first : first + batch], planner)
+        for stats, counted_s in _replayed(recording.prompt, texts[first : first + batch], planner, machine):
+            rounds.append(stats)
+            seconds += counted_s
     tokens = sum(len(stats.requests) + sum(stats.accepted) for stats in rounds)
-    return Outcome(tokens, sum(stats.seconds for stats in rounds), tuple(rounds))
+    return Outcome(tokens, seconds, tuple(rounds))
 
 
-def _replayed(recording: Recording, texts: Sequence[str], planner: Planner) -> list[RoundStats]:
-    """One batch of texts to its end."""
-    done, rounds = [0] * len(texts), list[RoundStats]()
+def _replayed(prompt: int, texts: Sequence[str], planner: Planner, machine: Machine) -> Iterator[tuple[RoundStats, float]]:
+    """One batch of texts to its end: its rounds, and the seconds that they count as."""
+    done, behind = [0] * len(texts), [0] * len(texts)
     while active := tuple([i for i, text in enumerate(texts) if done[i] < len(text)]):
         room = tuple([len(texts[i]) - done[i] for i in active])
-        load = Load(active, tuple([recording.prompt + done[i] for i in active]), room, _TRAITS)
-        budget = planner.plan(load)
+        budget = planner.plan(Load(active, tuple([prompt + done[i] for i in active]), room, _TRAITS))
         drafted = tuple(map(min, budget.nodes, budget.depth))
         accepted = tuple([min(int(texts[i][done[i]]), n) for i, n in zip(active, drafted, strict=True)])
-        target_s, draft_s = recording.target_s(len(active), sum(drafted)), recording.draft_s(len(active), max(drafted))
-        stats = RoundStats(
-            active, drafted, accepted, drafted, len(active) + sum(drafted), draft_s, target_s, 0.0, 0.0, forecast=budget.forecast
-        )
+        took = machine.took(drafted, sum([behind[i] for i, n in zip(active, drafted, strict=True) if n]))
+        stats = _stats(active, drafted, accepted, took, budget)
         planner.observe(stats)
-        rounds.append(stats)
-        for i, kept in zip(active, accepted, strict=True):
+        yield stats, took.counted_s
+        for i, n, kept in zip(active, drafted, accepted, strict=True):
             done[i] += kept + 1
-    return rounds
+            behind[i] = 0 if n else behind[i] + 1
+
+
+def _stats(active: tuple[int, ...], drafted: tuple[int, ...], accepted: tuple[int, ...], took: Took, budget: Budget) -> RoundStats:
+    return RoundStats(
+        active,
+        drafted,
+        accepted,
+        drafted,
+        len(active) + sum(drafted),
+        took.draft_s,
+        took.target_s,
+        0.0,
+        0.0,
+        forecast=budget.forecast,
+        cold_target=took.cold_target,
+        cold_draft=took.cold_draft,
+    )
 
 
 def fixed(recording: Recording, key: str, batch: int, turns: int = 1) -> dict[int, float]:
@@ -133,10 +184,14 @@ def fixed(recording: Recording, key: str, batch: int, turns: int = 1) -> dict[in
     return {length: replay(recording, key, batch, planner, turns).goodput for length, planner in planners.items()}
 
 
-def played(recording: Recording, key: str, batch: int, rounds: int) -> dict[str, float]:
-    """A cell: a fresh goodput planner over plain decoding and over the best fixed length. rounds: plain ones, at least."""
-    texts = recording.texts[key]
+def played(recording: Recording, key: str, batch: int, rounds: int, machines: Sequence[Machine] = ()) -> dict[str, float]:
+    """A cell: a fresh goodput planner over plain decoding and over the best fixed length, in the mean over machines.
+
+    rounds: plain ones, at least.  machines: by default a quiet one, on which plain decoding and fixed lengths run anyway.
+    """
+    texts, machines = recording.texts[key], machines or (Quiet(recording),)
     turns = -(-rounds // (sum(map(len, texts)) // batch))
-    ours, lengths = replay(recording, key, batch, GoodputPlanner(), turns), fixed(recording, key, batch)
+    ours = geometric_mean([replay(recording, key, batch, GoodputPlanner(), turns, machine).goodput for machine in machines])
+    lengths = fixed(recording, key, batch)
     best = max(lengths, key=lambda length: lengths[length])
-    return {"vs_plain": ours.goodput / lengths[0], "best_fixed": best, "vs_best_fixed": ours.goodput / lengths[best]}
+    return {"vs_plain": ours / lengths[0], "best_fixed": best, "vs_best_fixed": ours / lengths[best]}
