@@ -52,7 +52,7 @@ class Step:
 class Timed(Protocol):
     """What runs a model and says how long. forward_s: seconds in its forwards so far.
 
-    cold: calls so far that took in a prompt, were the first of their size or captured it.
+    cold: calls so far that took in a prompt, were the first of their size or came before it is captured.
     """
 
     @property

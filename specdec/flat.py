@@ -26,7 +26,7 @@ _UNFIT = (RuntimeError, ValueError, IndexError)
 class FlatForwards:
     """The forwards of one model by number of rows. refused: why nothing is written out, or None.
 
-    cold: calls so far that wrote out or compared their size, or were its first while that is not trusted.
+    cold: calls so far that were not yet as later ones of their size will be, those that wrote it out or compared it among them.
     """
 
     def __init__(
@@ -78,14 +78,14 @@ class FlatForwards:
         run = self._runs.get(rows)
         if run is not None:
             return run(tokens, positions, context())
-        first, kind = rows not in self._seen, self._kind(rows)
+        first, kind, waits = rows not in self._seen, self._kind(rows), self.refused is None and self.recorded < self._most
         self._seen.add(rows)
         # A size that comes once, as batches that end meet many, is not worth comparing; where few speak for all, each is.
         once = first and kind in self._for_any and self._trusted_after is None
         if kind in self._for_any and rows not in self._tried and not once:
             return self._fit(eager, tokens, positions, context)
-        due = not once and self.refused is None and self._comes_often(kind) and self.recorded < self._most
-        self.cold += first or due
+        due = not once and waits and self._comes_often(kind)
+        self.cold += first or waits
         return self._record(eager, tokens, positions, context) if due else eager(tokens, positions, context())
 
     def _comes_often(self, kind: int) -> bool:

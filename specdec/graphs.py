@@ -92,7 +92,7 @@ class Captures(Generic[B]):
     def __init__(self, capture_after: int, most: int, record: Recorder) -> None:
         """capture_after: calls of one key before it is captured.  most: captures kept.
 
-        cold, kept here: calls so far that were the first of their key or captured it.
+        cold, kept here: calls so far that were not yet replayed as later ones of their key will be, the capturing one among them.
         """
         self._capture_after, self._most, self._record = capture_after, most, record
         self._seen: dict[tuple[int, ...], int] = {}
@@ -115,10 +115,10 @@ class Captures(Generic[B]):
 
     def _consider(self, key: tuple[int, ...], make: Callable[[], tuple[B, Callable[[], Outputs]]]) -> Captured[B] | None:
         self._seen[key] = self._seen.get(key, 0) + 1
-        self.cold += self._seen[key] == 1
-        if self._seen[key] < self._capture_after or len(self._found) >= self._most:
+        full = len(self._found) >= self._most
+        self.cold += self._seen[key] == 1 or not full
+        if self._seen[key] < self._capture_after or full:
             return None
-        self.cold += 1
         buffers, run = make()
         try:
             replay, outputs = self._record(run)

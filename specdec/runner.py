@@ -68,7 +68,8 @@ class ModelRunner:
 
     The user's model is left as it was found: forwards run on a twin that shares its weights. One batch at a time:
     `begin` starts it, `prefill` fills the cache, `score` and `commit` alternate. forward_s: seconds spent in `forward` so far.
-    cold: calls so far that took in a prompt, were the first of their size or captured it: their times say nothing of later ones.
+    cold: calls so far that took in a prompt, were the first of their size or came before it is captured: their times say nothing
+    of later ones.
     """
 
     def __init__(self, model: nn.Module, *, taps: Sequence[str] = (), options: RunnerOptions | None = None) -> None:

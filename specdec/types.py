@@ -176,7 +176,7 @@ class RoundStats:
     slots: of each request's drafted tokens, where the budget asked for them.
 
     Times in seconds. draft_s: proposing, the draft model's forwards included.  forward_s: inside the models' forwards, target and
-    draft.  cold_draft, cold_target: a prompt was taken in, or a size ran for the first time or was captured,
+    draft.  cold_draft, cold_target: a prompt was taken in, or a size ran for the first time or was not captured yet but will be,
     so the time says nothing of later rounds.
     """
 

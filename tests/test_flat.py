@@ -82,8 +82,12 @@ def test_the_third_size_needs_no_recording() -> None:
     assert flat.refused is None
 
 
-def test_of_a_size_that_is_served_so_the_first_forward_and_the_compared_one_are_cold() -> None:
-    assert colds(flat_of(after=3), (4, 4, 4, 4, 7, 7, 7, 7, 5, 5, 5, 5)) == [1, 0, 1, 0, 1, 0, 1, 0, 1, 1, 0, 0]
+def test_forwards_that_are_not_yet_as_later_ones_will_be_are_cold() -> None:
+    assert colds(flat_of(after=3), (4, 4, 4, 4, 7, 7, 7, 7, 5, 5, 5, 5)) == [1, 1, 1, 0, 1, 1, 1, 0, 1, 1, 0, 0]
+
+
+def test_where_nothing_more_is_recorded_only_the_first_forward_of_a_size_is_cold() -> None:
+    assert colds(flat_of(after=3, most=0), (4, 4, 4, 4, 7, 7)) == [1, 0, 0, 0, 1, 0]
 
 
 def test_a_size_that_comes_once_is_not_compared() -> None:
