@@ -17,8 +17,9 @@ from specdec.bench.replay import Recording, Took
 # A busy machine's other pace, and how often it changes; deviation of a round's logarithm; how long and how often it stands still.
 # As seen on two hyperthreads of a shared host: phases of 7 and 10 ms a round.
 _OTHER_PACE, _CHANGES, _SPREAD, _STILL, _STANDS = 1.35, 1 / 200, 0.08, 3.0, 0.01
-# Runs of a size that are cold, as compilers and allocators make them, and what those take more, in plain rounds of one request.
-_COLD, _COLD_TARGET, _COLD_DRAFT = (1, 4), 1.2, 0.6
+# Runs of a size until it is captured, what each of them takes more for running eagerly, as a share, and what the last one takes to
+# capture it, in plain rounds of one request; of a draft model's, whose sizes are the requests, likewise.
+_EAGER, _SLOWER, _CAPTURES, _CAPTURES_DRAFT = 4, 0.35, 3.0, 1.0
 # Tokens of a request that a drafter reads beside drafting, and what each further one takes, in plain rounds of one request.
 _BESIDE, _READS = 8, 0.02
 
@@ -31,16 +32,17 @@ class Busy:
         self._recording, self._plain_s = recording, recording.target_s(1, 0)
         self._random, self._pace = random.Random(seed), 1.0
         self._ran: Counter[int] = Counter()
-        self._drew: Counter[tuple[int, int]] = Counter()
+        self._drew: Counter[int] = Counter()
 
     def took(self, drafted: Sequence[int], behind: int) -> Took:
         """The next round."""
         rows = len(drafted) + sum(drafted)
         self._ran[rows] += 1
-        cold_target = self._ran[rows] in _COLD
+        cold_target = self._ran[rows] <= _EAGER
         target_s = self._recording.target_s(len(drafted), sum(drafted))
-        # Plain decoding, which all is compared with, runs its one size cold as well.
-        target_s += _COLD_TARGET * self._plain_s * (cold_target and any(drafted))
+        # Plain decoding, which all is compared with, gets its one size ready as well.
+        if cold_target and any(drafted):
+            target_s += _SLOWER * target_s + _CAPTURES * self._plain_s * (self._ran[rows] == _EAGER)
         draft_s, cold_draft = self._draft(len(drafted), max(drafted), behind) if any(drafted) else (0.0, False)
         if self._random.random() < _CHANGES:
             self._pace = _OTHER_PACE if self._pace == 1.0 else 1.0
@@ -48,9 +50,11 @@ class Busy:
 
     def _draft(self, batch: int, depth: int, behind: int) -> tuple[float, bool]:
         """Seconds, and whether that is cold."""
-        self._drew[batch, depth] += 1
-        cold, reads = self._drew[batch, depth] in _COLD, max(behind - _BESIDE * batch, 0)
-        seconds = self._recording.draft_s(batch, depth) + self._plain_s * (_COLD_DRAFT * cold + _READS * reads)
+        self._drew[batch] += 1
+        cold, reads = self._drew[batch] <= _EAGER, max(behind - _BESIDE * batch, 0)
+        slower = 1 + _SLOWER * cold
+        gets_ready = _CAPTURES_DRAFT * (self._drew[batch] == _EAGER)
+        seconds = slower * self._recording.draft_s(batch, depth) + self._plain_s * (gets_ready + _READS * reads)
         return seconds, cold or reads > 0
 
     def _shown(self, seconds: float) -> float:

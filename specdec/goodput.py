@@ -37,7 +37,7 @@ _HYSTERESIS = 0.02
 # luck as often as not, of a single request most of all, and to stop costs what drafting gains until the next trial.
 _BAD_LUCK = 0.05
 # What an unmeasured plan has to promise over the best that is known.
-_PROMISING = 1.05
+_PROMISING = 1.1
 # Choices in which unmeasured sizes are looked for each time, and one among so many later.
 _SEARCHED, _SEARCHES = 32, 4
 # What trying unmeasured sizes may cost: a share of all time, so many plain rounds, and a share of what drafting has gained.

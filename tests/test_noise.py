@@ -44,11 +44,13 @@ def test_the_clock_shows_another_pace_and_stops_while_what_counts_stays() -> Non
     assert sum(1.25 < one < 1.5 for one in shown) > 500
 
 
-def test_a_size_is_cold_for_its_first_and_its_fourth_round() -> None:
+def test_a_size_is_cold_until_its_fourth_round_which_captures_it() -> None:
     rounds = _rounds(0, (2,), 8)
-    assert [took.cold_target for took in rounds] == [True, False, False, True, False, False, False, False]
+    assert [took.cold_target for took in rounds] == [True] * 4 + [False] * 4
     assert [took.cold_draft for took in rounds] == [took.cold_target for took in rounds]
-    assert rounds[0].counted_s > 1.5 * rounds[1].counted_s == pytest.approx(1.5 * rounds[7].counted_s)
+    slower, last = rounds[0].counted_s / rounds[7].counted_s, rounds[3].counted_s - rounds[0].counted_s
+    assert slower == pytest.approx(1.35)
+    assert last == pytest.approx(4 * KNOWN.target_s(1, 0))
 
 
 def test_plain_decoding_is_charged_what_was_recorded() -> None:
