@@ -5,7 +5,7 @@ decoding and every fixed length decode the same prompts side by side, four token
 to plain decoding is narrow, or above 0.97. Fixed lengths that cannot be the best are given up on the way. Everything that
 a planner does counts, its first rounds and its trials included. Output must equal plain decoding; where it does not under greedy
 decoding, the gap of the logits is compared with rounding in a few texts. `record` notes times and accepted drafts for `replay`,
-which plays the grid without noise.
+which plays the grid without noise, or with that of made-up hosts.
 """
 
 from __future__ import annotations

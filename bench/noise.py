@@ -1,4 +1,4 @@
-"""What rounds of a replay take: on a quiet machine what was recorded, on a busy one what a clock would have shown there.
+"""What rounds of a replay take on a busy host: more than was recorded, and by the clock more than that.
 
 A host that others use changes its pace for hundreds of rounds, stands still for a moment, and runs a size slowly for the first
 times; a drafter that did not draft for long has to read what came since. A planner sees all that. It is judged by what its rounds

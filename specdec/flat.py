@@ -78,7 +78,8 @@ class FlatForwards:
         run = self._runs.get(rows)
         if run is not None:
             return run(tokens, positions, context())
-        first, kind, waits = rows not in self._seen, self._kind(rows), self.refused is None and self.recorded < self._most
+        first, kind = rows not in self._seen, self._kind(rows)
+        waits = self.refused is None and self.recorded < self._most
         self._seen.add(rows)
         # A size that comes once, as batches that end meet many, is not worth comparing; where few speak for all, each is.
         once = first and kind in self._for_any and self._trusted_after is None

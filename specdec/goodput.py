@@ -222,15 +222,17 @@ class GoodputPlanner:
         traits = load.drafters or _ONLY
         if traits != self._traits:
             self._begin(traits)
-        for request, length in zip(load.requests, load.lengths, strict=True):
-            if length < self._lengths.get(request, length + 1):
-                self._learn()
-                self._stragglers.end()
-                for arm in self._arms:
+        lengths = dict(zip(load.requests, load.lengths, strict=True))
+        ended = [request for request, length in lengths.items() if length < self._lengths.get(request, length + 1)]
+        if ended:
+            self._learn()
+            self._stragglers.end()
+            for arm in self._arms:
+                for request in ended:
                     arm.rates.forget(request)
-                self._guard(len(load.requests)).new_text()
-                self._stays, self._steady = 0, min(self._steady, _NEW_TEXT)
-            self._lengths[request] = length
+            self._guard(len(load.requests)).new_text()
+            self._stays, self._steady = 0, min(self._steady, _NEW_TEXT)
+        self._lengths.update(lengths)
 
     def _begin(self, traits: tuple[DrafterTraits, ...]) -> None:
         """Know these drafters, and no plan of others."""

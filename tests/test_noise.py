@@ -11,14 +11,9 @@ from specdec.bench.noise import Busy
 from specdec.bench.replay import LENGTHS, Recording, Times, Took, fixed, replay
 from specdec.goodput import GoodputPlanner
 from specdec.planner import FixedPlanner
+from tests.support_replay import text
 
-
-def _text(rng: random.Random, rate: float) -> str:
-    """A text of 128 tokens, of which each drafted one is accepted so often."""
-    return "".join(str(min(next((i for i in range(8) if rng.random() >= rate), 8), 127 - place)) for place in range(128))
-
-
-TEXTS = {name: tuple(_text(random.Random(seed), rate) for seed in range(8)) for name, rate in (("bad", 0.0), ("good", 0.75))}
+TEXTS = {name: tuple(text(random.Random(seed), rate) for seed in range(8)) for name, rate in (("bad", 0.0), ("good", 0.75))}
 TIMES = tuple(Times(b, tuple(1 + 0.05 * b * (n + 1) for n in LENGTHS), tuple(0.1 * n for n in LENGTHS)) for b in (1, 4))
 KNOWN = Recording(TIMES, TEXTS)
 

@@ -16,6 +16,7 @@ from specdec.generator import SpeculativeGenerator
 from specdec.goodput import GoodputPlanner
 from specdec.planner import FixedPlanner
 from tests.support_models import left_padded, noised, prompts, tiny_model
+from tests.support_replay import text
 
 
 def _recording(rates: dict[str, float]) -> Recording:
@@ -25,15 +26,7 @@ def _recording(rates: dict[str, float]) -> Recording:
         Times(batch, tuple((1 + 0.08 * batch) * (1 + 0.05 * n) for n in LENGTHS), tuple(0.15 * n for n in LENGTHS))
         for batch in BATCHES
     )
-    return Recording(times, {name: tuple(_text(rng, rate) for _ in range(16)) for name, rate in rates.items()})
-
-
-def _text(rng: random.Random, rate: float) -> str:
-    length, found = 128, []
-    for place in range(length):
-        count = next((i for i in range(8) if rng.random() >= rate), 8)
-        found.append(str(min(count, length - place)))
-    return "".join(found)
+    return Recording(times, {name: tuple(text(rng, rate) for _ in range(16)) for name, rate in rates.items()})
 
 
 RECORDING = _recording({"good": 0.9, "fair": 0.6, "poor": 0.2, "none": 0.0})
