@@ -72,6 +72,7 @@ class Curve:
         self._samples: dict[int, list[float]] = {}
         self._typical: dict[int, float] = {}
         self._last: dict[int, int] = {}
+        self._bounds: set[int] = set()
         self._now = 0
         self._sizes: list[int] = []
         self._values: list[float] = []
@@ -92,6 +93,22 @@ class Curve:
             self._typical[size] = min(samples) if len(samples) < _FIRST else sorted(samples)[_FIRST // 2]
         else:
             self._typical[size] *= within(seconds / self._typical[size]) ** follow
+        self._bounds.discard(size)
+        for bound in self._bounds:
+            if bound < size and self._typical[bound] > self._typical[size]:
+                self._typical[bound] = self._typical[size]
+        self._note(size)
+
+    def bound(self, size: int, seconds: float) -> None:
+        """A cold run, which takes longer than later ones: what this size takes at most, until it is measured itself."""
+        if not self._sizes or self._samples.get(size) or seconds >= self.at(size):
+            return
+        self._samples[size], self._last[size], self._typical[size] = [], self._now, max(seconds, _SHORTEST)
+        self._bounds.add(size)
+        self._note(size)
+
+    def _note(self, size: int) -> None:
+        """What is known of this size has changed."""
         if len(self._sizes) < len(self._typical):
             insort(self._sizes, size)
         self._values = []
@@ -247,6 +264,13 @@ class CostModel:
             self._pace *= within(base / (known * pace)) ** _PACE_FOLLOWS
         curve.add(rows, base / pace)
 
+    def observe_cold(self, batch: int, nodes: int, context: int, target_s: float) -> None:
+        """A finished round whose size runs faster later on."""
+        base = max(target_s - self._slope.seconds * context, _BASE * target_s) / self._pace
+        for curve in (self._target.get(bucket(batch)), self._by_rows):
+            if curve is not None:
+                curve.bound(batch + nodes, base)
+
     def observe_draft(self, name: str, width: int, batch: int, depth: int, draft_s: float, *, at_most: bool = False) -> None:
         """A finished draft of this depth. at_most: it had more to do than draft, so it counts only where it was still faster."""
         curve, seconds = self._draft.setdefault((name, width, bucket(batch)), Curve(in_steps=True)), draft_s / self._pace
@@ -257,6 +281,10 @@ class CostModel:
     def any_known(self) -> bool:
         """Whether any round was measured, so that there is something to estimate plain decoding from."""
         return bool(self._target)
+
+    def lends(self, batch: int) -> bool:
+        """Whether plain rounds of another batch size were measured, so that those of this one can be estimated."""
+        return any(self.knows_plain(other) for other in self._target if other != bucket(batch))
 
     def measured(self, batch: int, nodes: float) -> bool:
         """Whether rounds of about this size were measured often enough."""

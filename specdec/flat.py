@@ -101,6 +101,7 @@ class FlatForwards:
         kind = self._kind(rows)
         run, trusted = self._for_any[kind], self._trusted_after is not None and self._agreed[kind] >= self._trusted_after
         self._tried.add(rows)
+        self.cold += 1
         try:
             again = run(tokens, positions, context())
         except _UNFIT as error:
@@ -109,7 +110,6 @@ class FlatForwards:
         if trusted and again is not None:
             self._runs[rows] = run
             return again
-        self.cold += 1
         expected = eager(tokens, positions, context())
         if again is not None and _same(expected, again):
             self._runs[rows] = run

@@ -22,8 +22,9 @@ from specdec.types import Budget, Draft, DrafterTraits, Forecast, Load, RoundSta
 logger = logging.getLogger(__name__)
 # One round among so many is plain: what speculation is compared with has to be measured.
 _PLAIN_EVERY = 96
-# Rounds that a new batch size goes by what others took, before its plain rounds are measured.
-_BORROWS = 8
+# Rounds from which on plain ones have to be measured; and one among so many of a new batch size is plain until they are, while it
+# goes by what others took.
+_FIRST, _BORROWS = 8, 4
 # Rounds that a plan stays once so many times as many went by since something changed, in batches fewer times, of whose rounds each
 # says more; how many of those a new text leaves.
 _PLAN_STAYS, _SETTLES, _NEW_TEXT = 16, 4, 32
@@ -115,6 +116,7 @@ class GoodputPlanner:
         self._finished: list[tuple[_Asked, RoundStats]] = []
         self._asked: _Asked | None = None
         self._stays, self._steady, self._undrafted, self._choices = 0, 0, 0, 0
+        self._begun: Plan | None = None
         self._hopes, self._hopes_lost_s, self._prepared_s, self._gained_s, self._total_s = False, 0.0, 0.0, 0.0, 0.0
 
     def bind(self, target: nn.Module, drafter: Drafter) -> None:
@@ -195,8 +197,8 @@ class GoodputPlanner:
         self._total_s += stats.seconds
         if asked.plan.seconds < float("inf"):
             self._drift.observe(asked.plan.seconds, stats.seconds)
-        if not stats.cold_target:
-            self._costs.observe(batch, drafted, asked.context, stats.undrafted_s)
+        learn = self._costs.observe_cold if stats.cold_target else self._costs.observe
+        learn(batch, drafted, asked.context, stats.undrafted_s)
         if drafted and not stats.cold_draft:
             depth = max(map(min, asked.nodes, asked.plan.depth))
             late = self._undrafted >= _CATCHES_UP
@@ -230,7 +232,8 @@ class GoodputPlanner:
             for arm in self._arms:
                 for request in ended:
                     arm.rates.forget(request)
-            self._guard(len(load.requests)).new_text()
+            for guard in self._guards.values():
+                guard.new_text()
             self._stays, self._steady = 0, min(self._steady, _NEW_TEXT)
         self._lengths.update(lengths)
 
@@ -262,7 +265,7 @@ class GoodputPlanner:
         """Why, and what."""
         batch = len(load.requests)
         rounds, guard = self._rounds.get(bucket(batch), 0), self._guard(batch)
-        if not self._costs.knows_plain(batch) and (rounds >= _BORROWS or not self._costs.any_known):
+        if not self._costs.knows_plain(batch) and self._has_to_know(batch, rounds):
             return "first", self._plain(load)
         if guard.trying:
             # The same requests throughout a trial: those that did not draft lately have to be read first.
@@ -271,6 +274,12 @@ class GoodputPlanner:
         if not guard.on or rounds % _PLAIN_EVERY == 0:
             return "plain", self._plain(load)
         return self._settled(load)
+
+    def _has_to_know(self, batch: int, rounds: int) -> bool:
+        """Whether a batch size whose plain rounds are not measured has one now, or goes by what others took."""
+        if self._costs.lends(batch):
+            return rounds % _BORROWS == _BORROWS - 1
+        return rounds >= _FIRST or not self._costs.any_known
 
     def _plain(self, load: Load) -> Plan:
         """Plain decoding; the same plan until something is learned."""
@@ -285,6 +294,7 @@ class GoodputPlanner:
         self._steady += 1
         if self._plan is None or self._plan.requests != load.requests or self._stays <= 0:
             self._learn()
+            self._begun = self._plan if self._hopes else None
             self._stays, self._hopes = min(1 + int(self._steady * len(load.requests) ** 0.25 / _SETTLES), _PLAN_STAYS), False
             self._plan = self._choose(load)
             if self._steady < _EARLY and self._arms[self._plan.arm].rates.reached(max(self._plan.depth)) < _SEEN:
@@ -292,7 +302,8 @@ class GoodputPlanner:
         self._stays -= 1
         if any(self._plan.nodes):
             return "hope" if self._hopes else "plan", self._plan
-        self._guard(len(load.requests)).pause(self._costs.plain(len(load.requests), sum(load.lengths)))
+        if self._costs.knows_plain(len(load.requests)):
+            self._guard(len(load.requests)).pause(self._costs.plain(len(load.requests), sum(load.lengths)))
         return "plain", self._plan
 
     def _choose(self, load: Load) -> Plan:
@@ -326,17 +337,26 @@ class GoodputPlanner:
         return alone + (1 - alone) * self._stragglers.share(bucket(batch))
 
     def _hope(self, looks: Sequence[tuple[Arm, Look]], plain_s: float) -> Plan | None:
-        """The unmeasured plan that could be the best of them; not looked for each time once much is measured, nor at any price."""
+        """The unmeasured plan that could be the best of them, or that was tried in the last round: cold rounds measure nothing."""
         self._choices += 1
-        if self._choices > _SEARCHED and self._choices % _SEARCHES:
-            return None
-        gained_s = max(self._gained_s, 0.0)
-        if self._hopes_lost_s > _HOPES_COST * self._total_s + _HOPES_FREE * plain_s + _HOPES_OF_GAIN * gained_s:
-            return None
-        if self._prepared_s > _PREPARED_COST * self._total_s + _PREPARED_FREE * plain_s + _PREPARED_OF_GAIN * gained_s:
+        due, begun = self._is_hope_due(plain_s), self._begun
+        if not due and begun is None:
             return None
         plans = [plan for plan in self._plans(looks, hoped=True) if not self._is_measured(plan)]
+        if begun is not None:
+            again = [plan for plan in plans if plan.arm == begun.arm and sum(plan.nodes) == sum(begun.nodes)]
+            if again or not due:
+                return again[0] if again else None
         return max(plans, key=lambda plan: plan.goodput, default=None)
+
+    def _is_hope_due(self, plain_s: float) -> bool:
+        """Whether unmeasured sizes are looked for: not each time once much is measured, nor at any price."""
+        if self._choices > _SEARCHED and self._choices % _SEARCHES:
+            return False
+        gained_s = max(self._gained_s, 0.0)
+        if self._hopes_lost_s > _HOPES_COST * self._total_s + _HOPES_FREE * plain_s + _HOPES_OF_GAIN * gained_s:
+            return False
+        return self._prepared_s <= _PREPARED_COST * self._total_s + _PREPARED_FREE * plain_s + _PREPARED_OF_GAIN * gained_s
 
     def _tried_again(self, load: Load, best: Plan, worth: float) -> Plan | None:
         """A plan of a drafter that was not used for long."""

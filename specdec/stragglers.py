@@ -7,7 +7,7 @@ from math import log2
 
 # What of a mean acceptance the last request is taken to have: less by this for each doubling of the batch, but this at least;
 # tokens of a request that the guess counts for against what batches showed; and what of those stays with each later batch.
-_BEHIND, _LEAST, _GUESSED, _STAYS = 0.10, 0.05, 8.0, 0.7
+_BEHIND, _LEAST, _GUESSED, _STAYS = 0.08, 0.05, 8.0, 0.7
 
 
 class Stragglers:

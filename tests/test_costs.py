@@ -45,6 +45,40 @@ def test_one_slow_round_changes_nothing_nor_does_a_first_one() -> None:
         assert curve.knows(3) is (len(times) >= 3)
 
 
+def test_a_cold_round_says_what_a_size_takes_at_most_until_it_is_measured() -> None:
+    curve = Curve({4: 1.0, 16: 4.0})
+    for cold in (9.0, 2.0, 1.5, 1.8):
+        curve.bound(12, cold)
+    assert (curve.at(12), curve.knows(12), curve.at(16)) == (1.5, False, 4.0)
+    assert curve.at(8) == pytest.approx(1.25)
+    curve.add(14, 1.2)
+    assert curve.at(12) == 1.2
+    curve.add(12, 1.3)
+    curve.bound(12, 1.0)
+    assert curve.at(12) == 1.3
+
+
+def test_nothing_is_bounded_where_nothing_is_known() -> None:
+    costs = CostModel()
+    costs.observe_cold(4, 8, 0, 1.0)
+    assert not costs.any_known
+    costs.observe(4, 0, 0, 1.0)
+    guessed = costs.target(4, 8, 0)[-1]
+    costs.observe_cold(4, 8, 0, 1.1)
+    assert costs.target(4, 8, 0)[-1] == pytest.approx(1.1)
+    assert guessed > 1.1
+    assert not costs.measured(4, 8)
+
+
+def test_plain_rounds_are_lent_by_other_batch_sizes_only() -> None:
+    costs = CostModel()
+    for _ in range(3):
+        assert not costs.lends(8)
+        costs.observe(16, 0, 0, 3.0)
+    assert costs.lends(8)
+    assert not costs.lends(16)
+
+
 def test_nearly_equal_batches_share_and_others_begin_from_the_nearest() -> None:
     assert [bucket(size) for size in (1, 4, 5, 6, 13, 16, 17, 300)] == [1, 4, 6, 6, 16, 16, 24, 384]
     costs = CostModel()

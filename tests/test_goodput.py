@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import accumulate, product
+from itertools import accumulate, pairwise, product
 from typing import Any
 
 import pytest
@@ -285,3 +285,29 @@ def test_what_preparing_a_size_takes_is_not_taken_for_what_drafting_takes() -> N
         planner.observe(stats)
         drafted += step >= 100 and any(stats.drafted)
     assert drafted > 180
+
+
+def test_a_size_is_gone_on_with_until_its_cold_rounds_are_over() -> None:
+    """The first four rounds of every size measure nothing; sizes tried in turn would never be known."""
+    machine, planner, seen = _machine("flat", 0.05, 0.9, 1), GoodputPlanner(), list[int]()
+    hoped = list[int]()
+    for step in range(60):
+        stats = machine._round(planner, [10 + step], 0.0)
+        seen.append(stats.num_rows)
+        planner.observe(replace(stats, cold_target=seen.count(stats.num_rows) <= 4))
+        assert planner._asked is not None
+        hoped += [stats.num_rows] * (planner._asked.why == "hope")
+    changes = sum(one != other for one, other in pairwise(hoped))
+    assert len(set(hoped)) >= 2
+    assert changes == len(set(hoped)) - 1
+
+
+def test_a_batch_that_shrinks_drafts_on_and_measures_plain_rounds_now_and_then() -> None:
+    machine, planner = _machine("flat", 0.05, 0.8, 4), GoodputPlanner()
+    machine.run(planner, 60, batch=4)
+    whys = []
+    for step in range(12):
+        planner.observe(machine._round(planner, [200 + step] * 2, 0.0))
+        assert planner._asked is not None
+        whys.append(planner._asked.why)
+    assert [place for place, why in enumerate(whys) if why in ("plain", "first")] == [0, 3, 7]
