@@ -80,10 +80,10 @@ class Curve:
             for _ in range(_KNOWN):
                 self.add(size, seconds)
 
-    def add(self, size: int, seconds: float, follow: float = _SIZE_FOLLOWS) -> None:
-        """A measurement."""
+    def add(self, size: int, seconds: float, follow: float = _SIZE_FOLLOWS, rounds: int = 1) -> None:
+        """A measurement. rounds: that it is the median of."""
         seconds = max(seconds, _SHORTEST)
-        self._now += 1
+        self._now += rounds
         if self._now - self._last.get(size, self._now) > _STALE:
             self._samples[size] = []
         self._last[size] = self._now
@@ -92,7 +92,7 @@ class Curve:
             samples.append(seconds)
             self._typical[size] = min(samples) if len(samples) < _FIRST else sorted(samples)[_FIRST // 2]
         else:
-            self._typical[size] *= within(seconds / self._typical[size]) ** follow
+            self._typical[size] *= within(seconds / self._typical[size]) ** _after(follow, rounds)
         self._bounds.discard(size)
         for bound in self._bounds:
             if bound < size and self._typical[bound] > self._typical[size]:
@@ -186,6 +186,12 @@ class Curve:
         return (values[-1] - values[before]) / (sizes[-1] - sizes[before])
 
 
+@cache
+def _after(follow: float, rounds: int) -> float:
+    """How far so many rounds lead that each go this part of the way."""
+    return float(1 - (1 - follow) ** rounds)
+
+
 def within(ratio: float) -> float:
     """The ratio, but neither much larger nor much smaller than 1."""
     return min(max(ratio, 1 / _MOST), _MOST)
@@ -251,18 +257,21 @@ class CostModel:
         for batch, by_depth in draft_s.items():
             self._draft[name, width, bucket(batch)] = Curve(by_depth, in_steps=True)
 
-    def observe(self, batch: int, nodes: int, context: int, target_s: float) -> None:
-        """A finished round. nodes: drafted in all.  context: committed tokens of all requests.  target_s: all but the drafting."""
+    def observe(self, batch: int, nodes: int, context: int, target_s: float, rounds: int = 1) -> None:
+        """A finished round. nodes: drafted in all.  context: committed tokens of all requests.  target_s: all but the drafting.
+
+        rounds: of this size that it is the median of.
+        """
         rows = batch + nodes
         self._knows_plain.clear()
         self._slope.observe(rows, context, target_s, batch)
         base = max(target_s - self._slope.seconds * context, _BASE * target_s)
         curve = self._target.setdefault(bucket(batch), Curve())
         known, pace = curve.settled(rows), self._pace
-        self._by_rows.add(rows, base / pace)
+        self._by_rows.add(rows, base / pace, rounds=rounds)
         if known:
-            self._pace *= within(base / (known * pace)) ** _PACE_FOLLOWS
-        curve.add(rows, base / pace)
+            self._pace *= within(base / (known * pace)) ** _after(_PACE_FOLLOWS, rounds)
+        curve.add(rows, base / pace, rounds=rounds)
 
     def observe_cold(self, batch: int, nodes: int, context: int, target_s: float) -> None:
         """A finished round whose size runs faster later on."""

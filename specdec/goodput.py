@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import ge
 from typing import Literal
 
 from torch import nn
@@ -76,6 +77,14 @@ class _Said:
     deepest: int
 
 
+def _are_alike(finished: Sequence[tuple[_Asked, RoundStats]]) -> bool:
+    """Whether these are warm plain rounds of the same requests."""
+    plan = finished[0][0].plan
+    return not any(plan.nodes) and all(
+        [asked.plan is plan and not (stats.cold_target or stats.cold_draft) for asked, stats in finished]
+    )
+
+
 class GoodputPlanner:
     """Chooses, each few rounds, the drafter, shape and nodes of every request that maximise expected tokens over expected seconds
     (SmartSpec, arXiv 2406.14066), from rates by depth, rank and request and from times by size, both measured as it goes.
@@ -117,6 +126,7 @@ class GoodputPlanner:
         self._asked: _Asked | None = None
         self._stays, self._steady, self._undrafted, self._choices = 0, 0, 0, 0
         self._begun: Plan | None = None
+        self._seen: Load | None = None
         self._hopes, self._hopes_lost_s, self._prepared_s, self._gained_s, self._total_s = False, 0.0, 0.0, 0.0, 0.0
 
     def bind(self, target: nn.Module, drafter: Drafter) -> None:
@@ -178,6 +188,9 @@ class GoodputPlanner:
     def _learn(self) -> None:
         """Take in the finished rounds, in order."""
         finished, self._finished, self._rest = self._finished, [], None
+        if len(finished) > 1 and _are_alike(finished):
+            self._learn_alike(finished)
+            return
         for asked, stats in finished:
             self._learn_times(asked, stats)
             self._stragglers.observe(bucket(len(stats.requests)), stats.requests, stats.accepted)
@@ -190,6 +203,18 @@ class GoodputPlanner:
             for other in self._arms:
                 other.idle = 0 if other is arm else other.idle + 1
             self._learn_gain(asked, stats)
+
+    def _learn_alike(self, finished: Sequence[tuple[_Asked, RoundStats]]) -> None:
+        """Warm plain rounds of the same requests: the middle one speaks for all."""
+        by_time = sorted(finished, key=lambda own: own[1].target_s)
+        asked, stats = by_time[len(by_time) // 2]
+        batch = len(stats.requests)
+        for _, own in finished:
+            self._total_s += own.seconds
+            self._drift.observe(asked.plan.seconds, own.seconds)
+        self._costs.observe(batch, 0, asked.context, stats.undrafted_s, rounds=len(finished))
+        self._stragglers.observe(bucket(batch), stats.requests, stats.accepted)
+        self._undrafted += len(finished)
 
     def _learn_times(self, asked: _Asked, stats: RoundStats) -> None:
         """What a round took: of times by size only what a warm one did."""
@@ -224,6 +249,11 @@ class GoodputPlanner:
         traits = load.drafters or _ONLY
         if traits != self._traits:
             self._begin(traits)
+        seen, self._seen = self._seen, load
+        if seen is not None:
+            if load.requests == seen.requests and all(map(ge, load.lengths, seen.lengths)):
+                return
+            self._lengths.update(zip(seen.requests, seen.lengths, strict=True))
         lengths = dict(zip(load.requests, load.lengths, strict=True))
         ended = [request for request, length in lengths.items() if length < self._lengths.get(request, length + 1)]
         if ended:
@@ -235,7 +265,6 @@ class GoodputPlanner:
             for guard in self._guards.values():
                 guard.new_text()
             self._stays, self._steady = 0, min(self._steady, _NEW_TEXT)
-        self._lengths.update(lengths)
 
     def _begin(self, traits: tuple[DrafterTraits, ...]) -> None:
         """Know these drafters, and no plan of others."""
