@@ -24,7 +24,7 @@ _FEWEST, _MOST = 8, 12
 NOT_SLOWER = 0.97
 # A fixed length is given up in a text when after so many segments it took so many times as long as plain decoding; and after so
 # many turns when it gave less than this share of what the best one, or plain decoding, did.
-_SEGMENTS, _HOPELESS = 10, 1.5
+_SEGMENTS, _HOPELESS = 3, 1.5
 _SWEPT, _WORSE = 2, 0.9
 # A segment counts as so many typical ones of its method, at most, since the machine stood still: in the first turn, in which sizes
 # are run for the first time, and later. Typical is what three of four do not exceed: segments within one round's tokens take

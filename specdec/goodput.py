@@ -16,6 +16,7 @@ from specdec.costs import CostModel, Drift, bucket
 from specdec.drafters.base import Drafter
 from specdec.errors import SpecDecError
 from specdec.guard import Guard, Judged
+from specdec.hopes import Hopes
 from specdec.profile import Profile, check_fits, default_path, read_profile
 from specdec.stragglers import Stragglers
 from specdec.types import Budget, Draft, DrafterTraits, Forecast, Load, RoundStats
@@ -40,18 +41,10 @@ _HYSTERESIS = 0.02
 _BAD_LUCK = 0.05
 # What an unmeasured plan has to promise over the best that is known.
 _PROMISING = 1.1
-# Choices in which unmeasured sizes are looked for each time, and one among so many later.
-_SEARCHED, _SEARCHES = 32, 4
-# What trying unmeasured sizes may cost: a share of all time, so many plain rounds, and a share of what drafting has gained.
-_HOPES_COST, _HOPES_FREE, _HOPES_OF_GAIN = 0.005, 3, 0.1
 # Rounds that a drafter is tried for.
 _TRIED = 2
 # In a trial one request of so many drafts, in batches of that many or more.
 _TRIAL_SHARE = 4
-# Plain rounds that a round counts as, at most, in what trying sizes costs; what a cold one took beyond that is preparing.
-_LONGEST = 2.0
-# What preparing sizes may cost, likewise.
-_PREPARED_COST, _PREPARED_FREE, _PREPARED_OF_GAIN = 0.005, 8, 0.05
 # Rounds without a draft after which the next draft has to catch up, and says only what drafts take at most.
 _CATCHES_UP = 4
 _ONLY = (DrafterTraits("", "chain"),)
@@ -80,9 +73,8 @@ class _Said:
 def _are_alike(finished: Sequence[tuple[_Asked, RoundStats]]) -> bool:
     """Whether these are warm plain rounds of the same requests."""
     plan = finished[0][0].plan
-    return not any(plan.nodes) and all(
-        [asked.plan is plan and not (stats.cold_target or stats.cold_draft) for asked, stats in finished]
-    )
+    warm = all(not (stats.cold_target or stats.cold_draft) for _, stats in finished)
+    return warm and not any(plan.nodes) and all(asked.plan is plan for asked, _ in finished)
 
 
 class GoodputPlanner:
@@ -124,10 +116,10 @@ class GoodputPlanner:
         self._said: _Said | None = None
         self._finished: list[tuple[_Asked, RoundStats]] = []
         self._asked: _Asked | None = None
-        self._stays, self._steady, self._undrafted, self._choices = 0, 0, 0, 0
+        self._stays, self._steady, self._undrafted = 0, 0, 0
         self._begun: Plan | None = None
         self._seen: Load | None = None
-        self._hopes, self._hopes_lost_s, self._prepared_s, self._gained_s, self._total_s = False, 0.0, 0.0, 0.0, 0.0
+        self._hopes, self._is_hope = Hopes(), False
 
     def bind(self, target: nn.Module, drafter: Drafter) -> None:
         """Make sure that the profile is of this pair; without one, read what `specdec tune` wrote for it here, if anything.
@@ -210,7 +202,7 @@ class GoodputPlanner:
         asked, stats = by_time[len(by_time) // 2]
         batch = len(stats.requests)
         for _, own in finished:
-            self._total_s += own.seconds
+            self._hopes.total_s += own.seconds
             self._drift.observe(asked.plan.seconds, own.seconds)
         self._costs.observe(batch, 0, asked.context, stats.undrafted_s, rounds=len(finished))
         self._stragglers.observe(bucket(batch), stats.requests, stats.accepted)
@@ -219,7 +211,7 @@ class GoodputPlanner:
     def _learn_times(self, asked: _Asked, stats: RoundStats) -> None:
         """What a round took: of times by size only what a warm one did."""
         batch, drafted, arm = len(stats.requests), sum(stats.drafted), self._arms[asked.plan.arm]
-        self._total_s += stats.seconds
+        self._hopes.total_s += stats.seconds
         if asked.plan.seconds < float("inf"):
             self._drift.observe(asked.plan.seconds, stats.seconds)
         learn = self._costs.observe_cold if stats.cold_target else self._costs.observe
@@ -235,11 +227,8 @@ class GoodputPlanner:
         cold = stats.cold_target or stats.cold_draft
         round_ = Judged(batch, sum(stats.drafted), sum(stats.accepted), stats.seconds, cold, asked.plan.worth)
         plain_s, guard = self._costs.plain(batch, asked.context), self._guard(batch)
-        gained_s = round_.tokens * plain_s / batch - min(round_.seconds, _LONGEST * plain_s)
-        self._gained_s += gained_s
-        self._hopes_lost_s -= gained_s * (asked.why == "hope")
-        if cold:
-            self._prepared_s += max(round_.seconds - _LONGEST * plain_s, 0.0) * (asked.why == "hope")
+        worth_s = round_.tokens * plain_s / batch
+        self._hopes.observe(worth_s, round_.seconds, plain_s, hoped=asked.why == "hope", cold=cold)
         if guard.observe(round_, plain_s):
             self._arms[asked.plan.arm].rates.doubt()
             self._stays = self._steady = 0
@@ -323,14 +312,14 @@ class GoodputPlanner:
         self._steady += 1
         if self._plan is None or self._plan.requests != load.requests or self._stays <= 0:
             self._learn()
-            self._begun = self._plan if self._hopes else None
-            self._stays, self._hopes = min(1 + int(self._steady * len(load.requests) ** 0.25 / _SETTLES), _PLAN_STAYS), False
+            self._begun = self._plan if self._is_hope else None
+            self._stays, self._is_hope = min(1 + int(self._steady * len(load.requests) ** 0.25 / _SETTLES), _PLAN_STAYS), False
             self._plan = self._choose(load)
             if self._steady < _EARLY and self._arms[self._plan.arm].rates.reached(max(self._plan.depth)) < _SEEN:
                 self._stays = 1
         self._stays -= 1
         if any(self._plan.nodes):
-            return "hope" if self._hopes else "plan", self._plan
+            return "hope" if self._is_hope else "plan", self._plan
         if self._costs.knows_plain(len(load.requests)):
             self._guard(len(load.requests)).pause(self._costs.plain(len(load.requests), sum(load.lengths)))
         return "plain", self._plan
@@ -347,7 +336,7 @@ class GoodputPlanner:
             best = plain
         hope = self._hope(looks, plain.seconds)
         if hope is not None and hope.goodput > max(best.goodput, plain.goodput) * _PROMISING:
-            self._stays, self._hopes = 1, True
+            self._stays, self._is_hope = 1, True
             return hope
         tried = self._tried_again(load, best, worth)
         if tried is not None:
@@ -367,8 +356,7 @@ class GoodputPlanner:
 
     def _hope(self, looks: Sequence[tuple[Arm, Look]], plain_s: float) -> Plan | None:
         """The unmeasured plan that could be the best of them, or that was tried in the last round: cold rounds measure nothing."""
-        self._choices += 1
-        due, begun = self._is_hope_due(plain_s), self._begun
+        due, begun = self._hopes.due(plain_s), self._begun
         if not due and begun is None:
             return None
         plans = [plan for plan in self._plans(looks, hoped=True) if not self._is_measured(plan)]
@@ -377,15 +365,6 @@ class GoodputPlanner:
             if again or not due:
                 return again[0] if again else None
         return max(plans, key=lambda plan: plan.goodput, default=None)
-
-    def _is_hope_due(self, plain_s: float) -> bool:
-        """Whether unmeasured sizes are looked for: not each time once much is measured, nor at any price."""
-        if self._choices > _SEARCHED and self._choices % _SEARCHES:
-            return False
-        gained_s = max(self._gained_s, 0.0)
-        if self._hopes_lost_s > _HOPES_COST * self._total_s + _HOPES_FREE * plain_s + _HOPES_OF_GAIN * gained_s:
-            return False
-        return self._prepared_s <= _PREPARED_COST * self._total_s + _PREPARED_FREE * plain_s + _PREPARED_OF_GAIN * gained_s
 
     def _tried_again(self, load: Load, best: Plan, worth: float) -> Plan | None:
         """A plan of a drafter that was not used for long."""

@@ -41,6 +41,7 @@ ORDER = (
         "specdec.costs",
         "specdec.arms",
         "specdec.guard",
+        "specdec.hopes",
         "specdec.stragglers",
         "specdec.goodput",
         "specdec.confidence",
