@@ -209,7 +209,7 @@ class GoodputPlanner:
         self._undrafted += len(finished)
 
     def _learn_times(self, asked: _Asked, stats: RoundStats) -> None:
-        """What a round took: of times by size only what a warm one did."""
+        """What a round took; of a size that was cold that is no more than a bound."""
         batch, drafted, arm = len(stats.requests), sum(stats.drafted), self._arms[asked.plan.arm]
         self._hopes.total_s += stats.seconds
         if asked.plan.seconds < float("inf"):
