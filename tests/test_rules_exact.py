@@ -185,6 +185,7 @@ def _typical(p: Table, tree: TokenTree, node: int) -> bool:
     return float(law[tree.tokens[0, node]]) > asked and _typical(p, tree, parent)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(12))
 def test_typical_acceptance_keeps_what_its_definition_keeps_and_then_draws_from_the_target(seed: int) -> None:
     p = Table(4, seed)
