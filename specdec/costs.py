@@ -77,8 +77,7 @@ class Curve:
         self._sizes: list[int] = []
         self._values: list[float] = []
         for size, seconds in (known or {}).items():
-            for _ in range(_KNOWN):
-                self.add(size, seconds)
+            self.add(size, seconds, rounds=_KNOWN)
 
     def add(self, size: int, seconds: float, follow: float = _SIZE_FOLLOWS, rounds: int = 1) -> None:
         """A measurement. rounds: that it is the median of."""
@@ -89,14 +88,14 @@ class Curve:
         self._last[size] = self._now
         samples = self._samples.setdefault(size, [])
         if len(samples) < _FIRST:
-            samples.append(seconds)
+            samples += [seconds] * min(rounds, _FIRST - len(samples))
             self._typical[size] = min(samples) if len(samples) < _FIRST else sorted(samples)[_FIRST // 2]
         else:
             self._typical[size] *= within(seconds / self._typical[size]) ** _after(follow, rounds)
         self._bounds.discard(size)
         for bound in self._bounds:
-            if bound < size and self._typical[bound] > self._typical[size]:
-                self._typical[bound] = self._typical[size]
+            if bound < size:
+                self._typical[bound] = min(self._typical[bound], self._typical[size])
         self._note(size)
 
     def bound(self, size: int, seconds: float) -> None:
@@ -248,8 +247,7 @@ class CostModel:
             curve = self._target.setdefault(bucket(batch), Curve())
             for nodes, seconds in by_nodes.items():
                 for each in (curve, self._by_rows):
-                    for _ in range(_KNOWN):
-                        each.add(batch + nodes, seconds)
+                    each.add(batch + nodes, seconds, rounds=_KNOWN)
         self._slope = ContextSlope(context_s)
 
     def begin_draft_with(self, name: str, width: int, draft_s: Mapping[int, Mapping[int, float]]) -> None:
@@ -265,7 +263,7 @@ class CostModel:
         rows = batch + nodes
         self._knows_plain.clear()
         self._slope.observe(rows, context, target_s, batch)
-        base = max(target_s - self._slope.seconds * context, _BASE * target_s)
+        base = self._base(context, target_s)
         curve = self._target.setdefault(bucket(batch), Curve())
         known, pace = curve.settled(rows), self._pace
         self._by_rows.add(rows, base / pace, rounds=rounds)
@@ -275,10 +273,13 @@ class CostModel:
 
     def observe_cold(self, batch: int, nodes: int, context: int, target_s: float) -> None:
         """A finished round whose size runs faster later on."""
-        base = max(target_s - self._slope.seconds * context, _BASE * target_s) / self._pace
         for curve in (self._target.get(bucket(batch)), self._by_rows):
             if curve is not None:
-                curve.bound(batch + nodes, base)
+                curve.bound(batch + nodes, self._base(context, target_s) / self._pace)
+
+    def _base(self, context: int, target_s: float) -> float:
+        """What a round took without what its context takes."""
+        return max(target_s - self._slope.seconds * context, _BASE * target_s)
 
     def observe_draft(self, name: str, width: int, batch: int, depth: int, draft_s: float, *, at_most: bool = False) -> None:
         """A finished draft of this depth. at_most: it had more to do than draft, so it counts only where it was still faster."""

@@ -71,10 +71,11 @@ class _Said:
 
 
 def _are_alike(finished: Sequence[tuple[_Asked, RoundStats]]) -> bool:
-    """Whether these are warm plain rounds of the same requests."""
+    """Whether these are several warm plain rounds of the same requests."""
+    if len(finished) < 2 or any(finished[0][0].nodes):
+        return False
     plan = finished[0][0].plan
-    warm = all(not (stats.cold_target or stats.cold_draft) for _, stats in finished)
-    return warm and not any(plan.nodes) and all(asked.plan is plan for asked, _ in finished)
+    return all(asked.plan is plan and not stats.cold_target for asked, stats in finished)
 
 
 class GoodputPlanner:
@@ -180,7 +181,11 @@ class GoodputPlanner:
     def _learn(self) -> None:
         """Take in the finished rounds, in order."""
         finished, self._finished, self._rest = self._finished, [], None
-        if len(finished) > 1 and _are_alike(finished):
+        for asked, stats in finished:
+            self._hopes.total_s += stats.seconds
+            if asked.plan.seconds < float("inf"):
+                self._drift.observe(asked.plan.seconds, stats.seconds)
+        if _are_alike(finished):
             self._learn_alike(finished)
             return
         for asked, stats in finished:
@@ -198,12 +203,9 @@ class GoodputPlanner:
 
     def _learn_alike(self, finished: Sequence[tuple[_Asked, RoundStats]]) -> None:
         """Warm plain rounds of the same requests: the middle one speaks for all."""
-        by_time = sorted(finished, key=lambda own: own[1].target_s)
+        by_time = sorted(finished, key=lambda own: own[1].undrafted_s)
         asked, stats = by_time[len(by_time) // 2]
         batch = len(stats.requests)
-        for _, own in finished:
-            self._hopes.total_s += own.seconds
-            self._drift.observe(asked.plan.seconds, own.seconds)
         self._costs.observe(batch, 0, asked.context, stats.undrafted_s, rounds=len(finished))
         self._stragglers.observe(bucket(batch), stats.requests, stats.accepted)
         self._undrafted += len(finished)
@@ -211,9 +213,6 @@ class GoodputPlanner:
     def _learn_times(self, asked: _Asked, stats: RoundStats) -> None:
         """What a round took; of a size that was cold that is no more than a bound."""
         batch, drafted, arm = len(stats.requests), sum(stats.drafted), self._arms[asked.plan.arm]
-        self._hopes.total_s += stats.seconds
-        if asked.plan.seconds < float("inf"):
-            self._drift.observe(asked.plan.seconds, stats.seconds)
         learn = self._costs.observe_cold if stats.cold_target else self._costs.observe
         learn(batch, drafted, asked.context, stats.undrafted_s)
         if drafted and not stats.cold_draft:
@@ -320,6 +319,7 @@ class GoodputPlanner:
         self._stays -= 1
         if any(self._plan.nodes):
             return "hope" if self._is_hope else "plan", self._plan
+        # What other batch sizes took is no reason to stop.
         if self._costs.knows_plain(len(load.requests)):
             self._guard(len(load.requests)).pause(self._costs.plain(len(load.requests), sum(load.lengths)))
         return "plain", self._plan

@@ -45,6 +45,17 @@ def test_one_slow_round_changes_nothing_nor_does_a_first_one() -> None:
         assert curve.knows(3) is (len(times) >= 3)
 
 
+def test_a_median_of_several_rounds_counts_as_several() -> None:
+    one, many = Curve(), Curve()
+    for seconds in (1.0, 1.2):
+        many.add(3, seconds, rounds=8)
+        for _ in range(8):
+            one.add(3, seconds)
+    assert many.knows(3)
+    assert many.at(3) == pytest.approx(one.at(3), rel=0.02)
+    assert 1.0 < many.at(3) < 1.2
+
+
 def test_a_cold_round_says_what_a_size_takes_at_most_until_it_is_measured() -> None:
     curve = Curve({4: 1.0, 16: 4.0})
     for cold in (9.0, 2.0, 1.5, 1.8):
