@@ -127,7 +127,7 @@ class Arm:
         """One node for every `every`-th request, to see whether it is accepted; others with the next turn."""
         batch = len(load.requests)
         nodes = tuple([int(place % every == turn % every and room > 1) for place, room in enumerate(load.room)])
-        scores = [self._paths(load, 1, 1)[place][0][0] if own else 0.0 for place, own in enumerate(nodes)]
+        scores = [own[0][0] for own, asked in zip(self._paths(load, 1, 1), nodes, strict=True) if asked]
         target = costs.target(batch, max(sum(nodes), 1), sum(load.lengths), share=self.offered)
         seconds = target[sum(nodes)] + costs.draft(self.name, self.width, batch, 1)
         return Plan(self.place, load.requests, nodes, nodes, self.width, sum(nodes), batch + sum(scores), seconds)

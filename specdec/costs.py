@@ -155,26 +155,36 @@ class Curve:
         """As `hoped`, of each of these sizes, which ascend."""
         fresh = [own for own in self._sizes if self._fresh(own) >= _KNOWN]
         found, below = [], 0
-        for size in sizes:
+        for size, expected in zip(sizes, self.all_at(sizes), strict=True):
             while below < len(fresh) and fresh[below] <= size:
                 below += 1
-            known = self._typical[fresh[below - 1]] if below else min(self._seconds()[0], self.at(size))
+            known = self._typical[fresh[below - 1]] if below else min(self._seconds()[0], expected)
             grows = below >= 2 or (below and self._in_steps)
-            found.append(known + _HOPED_GROWTH * max(self.at(size) - known, 0.0) if grows else known)
+            found.append(known + _HOPED_GROWTH * max(expected - known, 0.0) if grows else known)
         return found
 
     def at(self, size: float) -> float:
         """Seconds: measured, interpolated between measured neighbours, or carried on beyond the last ones."""
-        if size in self._typical:
-            return self._typical[int(size)]
-        sizes, values = self._sizes, self._seconds()
-        if size <= sizes[0]:
-            return values[0] * size / sizes[0] if self._in_steps else values[0]
-        if size >= sizes[-1]:
-            return values[-1] + self._steep() * (size - sizes[-1])
-        right = bisect_left(sizes, size)
-        share = (size - sizes[right - 1]) / (sizes[right] - sizes[right - 1])
-        return values[right - 1] + share * (values[right] - values[right - 1])
+        return self.all_at((size,))[0]
+
+    def all_at(self, sizes: Sequence[float]) -> list[float]:
+        """As `at`, of each of these sizes, which ascend."""
+        known, values, steep = self._sizes, self._seconds(), self._steep()
+        found, right = [], 0
+        for size in sizes:
+            while right < len(known) and known[right] < size:
+                right += 1
+            if size in self._typical:
+                seconds = self._typical[int(size)]
+            elif not right:
+                seconds = values[0] * size / known[0] if self._in_steps else values[0]
+            elif right == len(known):
+                seconds = values[-1] + steep * (size - known[-1])
+            else:
+                share = (size - known[right - 1]) / (known[right] - known[right - 1])
+                seconds = values[right - 1] + share * (values[right] - values[right - 1])
+            found.append(seconds)
+        return found
 
     def _steep(self) -> float:
         """Growth behind the largest size, as it was from a size that is not too near to tell."""
@@ -322,8 +332,10 @@ class CostModel:
         sizes = [batch + share * nodes for nodes in range(most + 1)]
         if hoped:
             return [pace * own + always for own in curve.all_hoped(sizes)]
-        new = [_NEW * (share == 1.0 and not curve.came(size)) for size in sizes]
-        return [pace * curve.at(size) * (1 + extra) + always for size, extra in zip(sizes, new, strict=True)]
+        expected = curve.all_at(sizes)
+        if share == 1.0:
+            expected = [own if curve.came(size) else own * (1 + _NEW) for own, size in zip(expected, sizes, strict=True)]
+        return [pace * own + always for own in expected]
 
     def draft(self, name: str, width: int, batch: int, depth: int) -> float:
         """Seconds of a draft of this depth."""
@@ -334,7 +346,7 @@ class CostModel:
         curve, depths = self._curve(name, width, batch), range(1, deepest + 1)
         if curve is None or (hoped and not curve.largest):
             return [0.0] * deepest
-        return [self._pace * own for own in (curve.all_hoped(depths) if hoped else map(curve.at, depths))]
+        return [self._pace * own for own in (curve.all_hoped(depths) if hoped else curve.all_at(depths))]
 
     def deepest(self, name: str, width: int, batch: int) -> int:
         """The deepest draft that was measured."""

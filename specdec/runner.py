@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -21,6 +21,7 @@ from specdec.kernels.dispatch import SLOT_TILE, AttentionContext, Backend, choos
 from specdec.kernels.rows import Rows, padded_index
 from specdec.kernels.transfer import on_device
 from specdec.linear import kind_of, pack_linears, packable
+from specdec.round_rows import LiveRows, filled_up, prepares_rows, round_number
 from specdec.rounds import CapturedRounds, WholeRound
 from specdec.rows import chain_rows, doubled_row, tree_rows
 from specdec.taps import TapReader
@@ -38,6 +39,7 @@ _TRUSTED_AFTER = 2
 class RunnerOptions:
     """How a model is run. attention: the backend, see `kernels.dispatch`.  capture, pack: "off" forces the plain way.
 
+    round_rows: "off" never fills rows up, see `specdec.round_rows`.
     compute: run a converted copy of the weights instead of sharing them; for draft models, whose rounding is free.
     row_invariant: on a CPU, a token's logits are the same bits whether 1 or up to 8 rows are scored together.
     capture_after: eager forwards of one size, on a CPU of those that are run alike and not long apart, before the next capture.
@@ -51,6 +53,7 @@ class RunnerOptions:
     attention: Backend = "auto"
     capture: Switch = "auto"
     pack: Switch = "auto"
+    round_rows: Switch = "auto"
     compute: torch.dtype | None = None
     row_invariant: bool = True
     capture_after: int = 4
@@ -85,6 +88,7 @@ class ModelRunner:
         self.max_positions: int | None = most_positions(text)
         self._packed = self._pack()
         self._doubles = bool(self._packed) and self.options.row_invariant
+        self._rounds_up = self.options.round_rows == "auto" and self.twin.copied and prepares_rows(self.twin.model)
         self._taps = TapReader(self.twin.model, tuple(taps))
         self.specs = examine(self.twin, self.device)
         self._taps.forget()
@@ -180,7 +184,8 @@ class ModelRunner:
                 room -= len(part)
                 taken.append(part)
             rows = chain_rows(self.cache, taken)
-            self._eager(rows.tokens, rows.positions, self._context(rows), logits_to_keep=rows.slots.new_zeros(1))
+            tokens, positions, context = self._inputs(rows)
+            self._eager(tokens, positions, context(), logits_to_keep=rows.slots.new_zeros(1))
             self._lengthen(rows)
             done = [d + len(part) for d, part in zip(done, taken, strict=True)]
         self.cache.repeat(sources, self.options.share_from)
@@ -245,13 +250,23 @@ class ModelRunner:
         if replayed is not None:
             self.forward_s += perf_counter() - began
             return replayed
-        out = self.flat(self._eager, rows.tokens, rows.positions, partial(self._context, rows))
+        out = self.flat(self._eager, *self._inputs(rows))
+        live = rows.tokens.shape[1]
+        if out[0].shape[0] > live:
+            out = tuple([each[:live] for each in out])
         self.forward_s += perf_counter() - began
         return out
 
-    def _context(self, rows: Rows) -> AttentionContext:
-        tile = SLOT_TILE if self.options.row_invariant else 1
-        return AttentionContext(rows, self.cache.layers, self.backend, tile)
+    def _inputs(self, rows: Rows) -> tuple[Tensor, Tensor, Callable[[], Any]]:
+        """Tokens and positions [1, R] and what makes the context of a forward over these rows; filled up to a round number."""
+        live = rows.tokens.shape[1]
+        size = round_number(live) if self._rounds_up else live
+        return filled_up(rows.tokens, size), filled_up(rows.positions, size), partial(self._context, rows, size)
+
+    def _context(self, rows: Rows, size: int) -> Any:
+        tile, live = SLOT_TILE if self.options.row_invariant else 1, rows.tokens.shape[1]
+        context = AttentionContext(rows, self.cache.layers, self.backend, tile)
+        return context if size == live else LiveRows(context, live, size)
 
     @torch.no_grad()
     def _eager(self, tokens: Tensor, positions: Tensor, context: Any, **kwargs: Any) -> tuple[Tensor, ...]:

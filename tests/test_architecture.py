@@ -27,6 +27,7 @@ ORDER = (
         "specdec.graphs",
         "specdec.round_inputs",
         "specdec.rounds",
+        "specdec.round_rows",
         "specdec.chains",
         "specdec.twin",
         "specdec.examine",
