@@ -21,7 +21,7 @@ from specdec.kernels.dispatch import SLOT_TILE, AttentionContext, Backend, choos
 from specdec.kernels.rows import Rows, padded_index
 from specdec.kernels.transfer import on_device
 from specdec.linear import kind_of, pack_linears, packable
-from specdec.round_rows import LiveRows, filled_up, prepares_rows, round_number
+from specdec.round_rows import LiveRows, RoundRows, filled_up, prepares_rows
 from specdec.rounds import CapturedRounds, WholeRound
 from specdec.rows import chain_rows, doubled_row, tree_rows
 from specdec.taps import TapReader
@@ -88,7 +88,6 @@ class ModelRunner:
         self.max_positions: int | None = most_positions(text)
         self._packed = self._pack()
         self._doubles = bool(self._packed) and self.options.row_invariant
-        self._rounds_up = self.options.round_rows == "auto" and self.twin.copied and prepares_rows(self.twin.model)
         self._taps = TapReader(self.twin.model, tuple(taps))
         self.specs = examine(self.twin, self.device)
         self._taps.forget()
@@ -103,6 +102,8 @@ class ModelRunner:
         if self._can_graph():
             self.use_graphs(CudaGraphs())
         self.flat = self._flat_forwards(self._why_no_capture(text))
+        rounds = self.options.round_rows == "auto" and self.twin.copied and prepares_rows(self.twin.model)
+        self._round_rows = RoundRows(self.flat.__contains__) if rounds else None
         self.forward_s, self._cold = 0.0, 0
 
     @property
@@ -258,9 +259,9 @@ class ModelRunner:
         return out
 
     def _inputs(self, rows: Rows) -> tuple[Tensor, Tensor, Callable[[], Any]]:
-        """Tokens and positions [1, R] and what makes the context of a forward over these rows; filled up to a round number."""
+        """Tokens and positions [1, R] and what makes the context of a forward over these rows; filled up."""
         live = rows.tokens.shape[1]
-        size = round_number(live) if self._rounds_up else live
+        size = live if self._round_rows is None else self._round_rows(live)
         return filled_up(rows.tokens, size), filled_up(rows.positions, size), partial(self._context, rows, size)
 
     def _context(self, rows: Rows, size: int) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from specdec.round_rows import filled_up, prepares_rows, round_number
+from specdec.round_rows import RoundRows, filled_up, prepares_rows, round_number
 from specdec.runner import ModelRunner, RunnerOptions
 from specdec.types import TokenTree
 from tests.support_models import FAMILIES, prompts, tiny_model
@@ -119,3 +119,37 @@ def test_bf16_is_filled_up_where_the_cpu_multiplies_it(monkeypatch: pytest.Monke
     for fast in (True, False):
         monkeypatch.setattr("specdec.round_rows.cpu_has_fast_bf16", lambda fast=fast: fast)
         assert prepares_rows(model) is fast
+
+
+def test_numbers_that_did_not_come_take_one_that_is_captured_until_they_came_often() -> None:
+    captured: set[int] = set()
+    rows = RoundRows(captured.__contains__)
+    assert [rows(n) for n in (1, 5, 12, 20, 100)] == [1, 5, 12, 24, 112]
+    captured |= {4, 12, 24}
+    # At most four more or a quarter, and the nearest one.
+    assert [rows(n) for n in (1, 3, 4, 5, 7, 8, 11, 12, 13, 16, 20, 25)] == [4, 4, 4, 5, 7, 12, 12, 12, 13, 16, 24, 32]
+    captured |= {112}
+    assert [rows(n) for n in (88, 90, 97)] == [88 + 8, 112, 112]
+    assert [rows(9) for _ in range(40)] == [12] * 32 + [9] * 8
+    captured.add(9)
+    assert rows(9) == 9
+
+
+def test_a_batch_that_shrinks_takes_the_forward_that_is_captured(
+    pairs: Callable[..., tuple[ModelRunner, ModelRunner]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, plain = pairs("llama")
+    for runner in (ours, plain):
+        runner.begin(1, 128)
+        runner.prefill(TEXTS[:1])
+    tree = TokenTree(torch.tensor([[5, 6, 7, 8]]), torch.tensor([[-1, 0, 1, 2]]), (4,))
+    for _ in range(4):
+        ours.score(tree)
+    assert 4 in ours.flat
+    cold, widths = ours.cold, _widths(plain, monkeypatch)
+    small = TokenTree(tree.tokens[:, :3], tree.parents[:, :3], (3,))
+    found = [runner.score(small).logits for runner in (ours, plain)]
+    torch.testing.assert_close(*found, atol=TOLERANCE, rtol=TOLERANCE)
+    assert ours.cold == cold
+    assert 3 not in ours.flat
+    assert widths == [3]
