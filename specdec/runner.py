@@ -21,7 +21,7 @@ from specdec.kernels.dispatch import SLOT_TILE, AttentionContext, Backend, choos
 from specdec.kernels.rows import Rows, padded_index
 from specdec.kernels.transfer import on_device
 from specdec.linear import kind_of, pack_linears, packable
-from specdec.round_rows import LiveRows, RoundRows, filled_up, prepares_rows
+from specdec.round_rows import LiveRows, RoundRows, filled_up, prepares_rows, round_number
 from specdec.rounds import CapturedRounds, WholeRound
 from specdec.rows import chain_rows, doubled_row, tree_rows
 from specdec.taps import TapReader
@@ -39,7 +39,7 @@ _TRUSTED_AFTER = 2
 class RunnerOptions:
     """How a model is run. attention: the backend, see `kernels.dispatch`.  capture, pack: "off" forces the plain way.
 
-    round_rows: "off" never fills rows up, see `specdec.round_rows`.
+    round_rows: likewise, see `specdec.round_rows`.
     compute: run a converted copy of the weights instead of sharing them; for draft models, whose rounding is free.
     row_invariant: on a CPU, a token's logits are the same bits whether 1 or up to 8 rows are scored together.
     capture_after: eager forwards of one size, on a CPU of those that are run alike and not long apart, before the next capture.
@@ -102,8 +102,8 @@ class ModelRunner:
         if self._can_graph():
             self.use_graphs(CudaGraphs())
         self.flat = self._flat_forwards(self._why_no_capture(text))
-        rounds = self.options.round_rows == "auto" and self.twin.copied and prepares_rows(self.twin.model)
-        self._round_rows = RoundRows(self.flat.__contains__) if rounds else None
+        fills_up = self.options.round_rows == "auto" and self.twin.copied and prepares_rows(self.twin.model)
+        self._round_rows = RoundRows(self.flat.__contains__) if fills_up else None
         self.forward_s, self._cold = 0.0, 0
 
     @property
@@ -185,7 +185,8 @@ class ModelRunner:
                 room -= len(part)
                 taken.append(part)
             rows = chain_rows(self.cache, taken)
-            tokens, positions, context = self._inputs(rows)
+            live = rows.tokens.shape[1]
+            tokens, positions, context = self._inputs(rows, live if self._round_rows is None else round_number(live))
             self._eager(tokens, positions, context(), logits_to_keep=rows.slots.new_zeros(1))
             self._lengthen(rows)
             done = [d + len(part) for d, part in zip(done, taken, strict=True)]
@@ -251,17 +252,16 @@ class ModelRunner:
         if replayed is not None:
             self.forward_s += perf_counter() - began
             return replayed
-        out = self.flat(self._eager, *self._inputs(rows))
         live = rows.tokens.shape[1]
-        if out[0].shape[0] > live:
+        size = live if self._round_rows is None else self._round_rows(live)
+        out = self.flat(self._eager, *self._inputs(rows, size))
+        if size > live:
             out = tuple([each[:live] for each in out])
         self.forward_s += perf_counter() - began
         return out
 
-    def _inputs(self, rows: Rows) -> tuple[Tensor, Tensor, Callable[[], Any]]:
-        """Tokens and positions [1, R] and what makes the context of a forward over these rows; filled up."""
-        live = rows.tokens.shape[1]
-        size = live if self._round_rows is None else self._round_rows(live)
+    def _inputs(self, rows: Rows, size: int) -> tuple[Tensor, Tensor, Callable[[], Any]]:
+        """Tokens and positions [1, size], and what makes the context of a forward over these rows, filled up to so many."""
         return filled_up(rows.tokens, size), filled_up(rows.positions, size), partial(self._context, rows, size)
 
     def _context(self, rows: Rows, size: int) -> Any:

@@ -30,7 +30,7 @@ def pairs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[ModelRunner, M
 
 
 def _chains(size: int) -> TokenTree:
-    """One of each text, seven nodes each or fewer."""
+    """A chain behind each text, the second one a node shorter."""
     tokens = torch.randint(3, 61, (3, size), generator=torch.Generator().manual_seed(0))
     parents = (torch.arange(size) - 1).expand(3, size).contiguous()
     return TokenTree(tokens, parents, (size, size - 1, size))
@@ -133,6 +133,23 @@ def test_numbers_that_did_not_come_take_one_that_is_captured_until_they_came_oft
     assert [rows(9) for _ in range(40)] == [12] * 32 + [9] * 8
     captured.add(9)
     assert rows(9) == 9
+
+
+def test_prompts_are_filled_up_to_round_numbers_only(
+    pairs: Callable[..., tuple[ModelRunner, ModelRunner]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, _ = pairs("llama")
+    ours.begin(3, 200)
+    ours.prefill(TEXTS)
+    for _ in range(6):
+        ours.score(_chains(5))
+    assert 14 in ours.flat
+    widths = _widths(ours, monkeypatch)
+    # Prompts are never run captured, so 12 rows gain nothing by being 14.
+    for length in (12, 22):
+        ours.begin(1, 64)
+        ours.prefill(prompts((length,)))
+    assert widths == [12, 24]
 
 
 def test_a_batch_that_shrinks_takes_the_forward_that_is_captured(
