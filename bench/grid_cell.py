@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from math import exp, log, sqrt
 from statistics import fmean, median, quantiles, stdev
 from typing import Any
@@ -17,8 +18,8 @@ PLAIN, OURS = "plain", "goodput"
 # Tokens that each method drafts a round; None for as many as the planner likes.
 METHODS: dict[str, int | None] = {PLAIN: 0, OURS: None, **{f"fixed {length}": length for length in LENGTHS[1:]}}
 NARROW = 0.03
-# Turns of a cell: at least, and at most.
-_FEWEST, _MOST = 8, 12
+# Turns of a cell: at least, which the fixed lengths run in, too, and at most.
+_FEWEST, _MOST = 8, 32
 # What may be lost to plain decoding. A cell whose interval lies above that is not slower, and how much faster it is differs from
 # prompt to prompt.
 NOT_SLOWER = 0.97
@@ -40,12 +41,12 @@ def losers(seconds: Mapping[str, Sequence[float]]) -> list[str]:
 
 @dataclass
 class Cell:
-    """Filled turn by turn. methods: of the next one.  explained, unexplained: texts that differ, by rounding alone or not."""
+    """Filled turn by turn. explained, unexplained: texts that differ, by rounding alone or not."""
 
-    methods: list[str] = field(default_factory=lambda: list(METHODS))
     explained: int = 0
     unexplained: int = 0
     _segments: dict[str, list[tuple[float, ...]]] = field(default_factory=lambda: {name: [] for name in METHODS})
+    _lasting: list[str] = field(default_factory=lambda: list(METHODS))
     _equal: int = 0
     _own_s: float = 0.0
     _stats: Any = None
@@ -55,6 +56,11 @@ class Cell:
     def turns(self) -> int:
         """So far."""
         return len(self._segments[PLAIN])
+
+    @property
+    def methods(self) -> list[str]:
+        """Of the next turn."""
+        return self._lasting if self.turns < _FEWEST else [PLAIN, OURS]
 
     @property
     def done(self) -> bool:
@@ -68,16 +74,16 @@ class Cell:
         said, self._stats, self._own_s = ran[OURS].result
         self._equal += said == ran[PLAIN].result[0]
         self._history += self._stats.history
-        if self.turns >= _SWEPT:
+        if _SWEPT <= self.turns <= _FEWEST:
             # One text in which a length does badly is no reason to leave it out.
             over = self._fixed()
             enough = _WORSE * max(1.0, *over.values())
-            self.methods = [name for name in self.methods if over.get(name, enough) >= enough]
+            self._lasting = [name for name in self._lasting if over.get(name, enough) >= enough]
 
     def report(self) -> dict[str, Any]:
         """For JSON."""
         whole, fixed = replace(self._stats, history=tuple(self._history)), self._fixed()
-        lasted = {name: ratio for name, ratio in fixed.items() if name in self.methods}
+        lasted = {name: ratio for name, ratio in fixed.items() if name in self._lasting}
         best = max(lasted, key=lambda name: lasted[name], default=PLAIN)
         best = best if lasted.get(best, 0.0) > 1.0 else PLAIN
         return {
@@ -90,7 +96,7 @@ class Cell:
             "unexplained": self.unexplained,
             "fixed": fixed,
             "best_fixed": best,
-            "share_of_best": self._over_plain(OURS) / lasted.get(best, 1.0),
+            "share_of_best": self._over_plain(OURS, len(self._segments[best])) / lasted.get(best, 1.0),
             "forecast_errors": whole.forecast_errors(),
             "own_share": self._own_s / sum(stats.seconds for stats in self._history),
             "reasons": whole.reasons,
@@ -112,9 +118,9 @@ class Cell:
         longest = [_LONGEST if turn else _FIRST_LONGEST for turn in range(len(self._segments[name]))]
         return [[min(own, most * typical) for own in turn] for turn, most in zip(self._segments[name], longest, strict=True)]
 
-    def _over_plain(self, name: str) -> float:
-        """Plain decoding's seconds over this method's, in the segments that both ran."""
-        turns = zip(self._cut(PLAIN), self._cut(name), strict=False)
+    def _over_plain(self, name: str, most: int = _MOST) -> float:
+        """Plain decoding's seconds over this method's, in the segments that both ran. most: turns that count, the first ones."""
+        turns = islice(zip(self._cut(PLAIN), self._cut(name), strict=False), most)
         return exp(fmean([log(sum(plain[: len(own)]) / sum(own)) for plain, own in turns]))
 
 

@@ -2,10 +2,10 @@
 
 A grid of batch sizes, drafters from good to adversarial, temperatures and kinds of text. In every cell a fresh planner, plain
 decoding and every fixed length decode the same prompts side by side, 16 tokens each in turn, until the 95 % interval of planner
-to plain decoding is narrow, or above 0.97. Fixed lengths that cannot be the best are given up on the way. Everything that
-a planner does counts, its first rounds and its trials included. Output must equal plain decoding; where it does not under greedy
-decoding, the gap of the logits is compared with rounding in a few texts. `record` notes times and accepted drafts for `replay`,
-which plays the grid without noise, or with that of made-up hosts.
+to plain decoding is narrow, or above 0.97; the fixed lengths in the first eight turns, and those that cannot be the best in fewer.
+Everything that a planner does counts, its first rounds and its trials included. Output must equal plain decoding; where it does
+not under greedy decoding, the gap of the logits is compared with rounding in a few texts. `record` notes times and accepted drafts
+for `replay`, which plays the grid without noise, or with that of made-up hosts.
 """
 
 from __future__ import annotations

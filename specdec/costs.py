@@ -291,11 +291,16 @@ class CostModel:
         """What a round took without what its context takes."""
         return max(target_s - self._slope.seconds * context, _BASE * target_s)
 
-    def observe_draft(self, name: str, width: int, batch: int, depth: int, draft_s: float, *, at_most: bool = False) -> None:
-        """A finished draft of this depth. at_most: it had more to do than draft, so it counts only where it was still faster."""
+    def observe_draft(
+        self, name: str, width: int, batch: int, depth: int, draft_s: float, *, at_most: bool = False, rounds: int = 1
+    ) -> None:
+        """A finished draft of this depth. at_most: it had more to do than draft, so it counts only where it was still faster.
+
+        rounds: of this depth that it is the median of.
+        """
         curve, seconds = self._draft.setdefault((name, width, bucket(batch)), Curve(in_steps=True)), draft_s / self._pace
         if not at_most or not curve or seconds < curve.at(depth):
-            curve.add(depth, seconds, _PACE_FOLLOWS)
+            curve.add(depth, seconds, _PACE_FOLLOWS, rounds)
 
     @property
     def any_known(self) -> bool:
@@ -310,6 +315,11 @@ class CostModel:
         """Whether rounds of about this size were measured often enough."""
         curve, rows = self._curve_of(batch), batch + nodes
         return curve.knows(rows) or (curve is self._by_rows and rows <= curve.largest)
+
+    def settled(self, batch: int, nodes: int) -> bool:
+        """Whether rounds of this very size were measured so often that one more says little."""
+        curve = self._target.get(bucket(batch))
+        return curve is not None and curve.settled(batch + nodes) is not None
 
     def plain(self, batch: int, context: int) -> float:
         """Seconds of a round without a draft."""

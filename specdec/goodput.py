@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from operator import ge
+from statistics import median
 from typing import Literal
 
 from torch import nn
@@ -68,14 +70,6 @@ class _Said:
     why: str
     budget: Budget
     deepest: int
-
-
-def _are_alike(finished: Sequence[tuple[_Asked, RoundStats]]) -> bool:
-    """Whether these are several warm plain rounds of the same requests."""
-    if len(finished) < 2 or any(finished[0][0].nodes):
-        return False
-    plan = finished[0][0].plan
-    return all(asked.plan is plan and not stats.cold_target for asked, stats in finished)
 
 
 class GoodputPlanner:
@@ -185,40 +179,46 @@ class GoodputPlanner:
             self._hopes.total_s += stats.seconds
             if asked.plan.seconds < float("inf"):
                 self._drift.observe(asked.plan.seconds, stats.seconds)
-        if _are_alike(finished):
-            self._learn_alike(finished)
-            return
-        for asked, stats in finished:
-            self._learn_times(asked, stats)
-            self._stragglers.observe(bucket(len(stats.requests)), stats.requests, stats.accepted)
-            if not any(asked.nodes):
-                self._undrafted += 1
-                continue
-            self._undrafted = 0
-            arm = self._arms[asked.plan.arm]
-            arm.observe(stats, tuple(map(min, asked.nodes, asked.plan.depth)))
-            for other in self._arms:
-                other.idle = 0 if other is arm else other.idle + 1
-            self._learn_gain(asked, stats)
+        for _, alike in groupby(finished, self._says):
+            rounds = list(alike)
+            self._learn_times([stats for _, stats in rounds], *rounds[len(rounds) // 2])
+            for asked, stats in rounds if any(rounds[0][0].nodes) else rounds[-1:]:
+                self._stragglers.observe(bucket(len(stats.requests)), stats.requests, stats.accepted)
+                if any(asked.nodes):
+                    self._learn_draft(asked, stats)
 
-    def _learn_alike(self, finished: Sequence[tuple[_Asked, RoundStats]]) -> None:
-        """Warm plain rounds of the same requests: the middle one speaks for all."""
-        by_time = sorted(finished, key=lambda own: own[1].undrafted_s)
-        asked, stats = by_time[len(by_time) // 2]
-        batch = len(stats.requests)
-        self._costs.observe(batch, 0, asked.context, stats.undrafted_s, rounds=len(finished))
-        self._stragglers.observe(bucket(batch), stats.requests, stats.accepted)
-        self._undrafted += len(finished)
+    def _says(self, finished: tuple[_Asked, RoundStats]) -> tuple[int, bool, int, int]:
+        """Rounds in a row with this equal say the same: of one plan, as much drafted, of a well-known size, not cold."""
+        asked, stats = finished
+        drafted = sum(stats.drafted)
+        alone = stats.cold_draft or stats.cold_target or not self._costs.settled(len(stats.requests), drafted)
+        return id(asked.plan), any(asked.nodes), drafted, id(stats) if alone else 0
 
-    def _learn_times(self, asked: _Asked, stats: RoundStats) -> None:
-        """What a round took; of a size that was cold that is no more than a bound."""
-        batch, drafted, arm = len(stats.requests), sum(stats.drafted), self._arms[asked.plan.arm]
-        learn = self._costs.observe_cold if stats.cold_target else self._costs.observe
-        learn(batch, drafted, asked.context, stats.undrafted_s)
+    def _learn_times(self, rounds: Sequence[RoundStats], asked: _Asked, stats: RoundStats) -> None:
+        """What rounds that say the same took, by their medians; of a size that was cold that is no more than a bound.
+
+        asked, stats: of the one in the middle.
+        """
+        batch, drafted, count = len(stats.requests), sum(stats.drafted), len(rounds)
+        target_s = median([own.undrafted_s for own in rounds])
+        if stats.cold_target:
+            self._costs.observe_cold(batch, drafted, asked.context, target_s)
+        else:
+            self._costs.observe(batch, drafted, asked.context, target_s, rounds=count)
         if drafted and not stats.cold_draft:
-            depth = max(map(min, asked.nodes, asked.plan.depth))
+            arm, depth = self._arms[asked.plan.arm], max(map(min, asked.nodes, asked.plan.depth))
+            draft_s = median([own.draft_s for own in rounds])
             late = self._undrafted >= _CATCHES_UP
-            self._costs.observe_draft(arm.name, arm.width, batch, depth, stats.draft_s, at_most=late)
+            self._costs.observe_draft(arm.name, arm.width, batch, depth, draft_s, at_most=late, rounds=count)
+        self._undrafted = 0 if any(asked.nodes) else self._undrafted + count
+
+    def _learn_draft(self, asked: _Asked, stats: RoundStats) -> None:
+        """What was accepted in a round that drafted, and what it gained."""
+        arm = self._arms[asked.plan.arm]
+        arm.observe(stats, tuple(map(min, asked.nodes, asked.plan.depth)))
+        for other in self._arms:
+            other.idle = 0 if other is arm else other.idle + 1
+        self._learn_gain(asked, stats)
 
     def _learn_gain(self, asked: _Asked, stats: RoundStats) -> None:
         """What a round that drafted gained over plain decoding."""
