@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from statistics import median
 
 from specdec.bench.records import ALL, HF, PLAIN, Interval, Results, Row
 
@@ -148,5 +149,13 @@ def _machine(results: Results) -> str:
     return (
         f"## Measured on\n\n{machine.cpu}, {machine.cores} cores, {machine.threads} threads{gpu}, {machine.system}; Python "
         f"{machine.python}, torch {machine.torch}, transformers {machine.transformers}, specdec {machine.specdec} "
-        f"{machine.commit}; {machine.created}.\n\n    {machine.command}"
+        f"{machine.commit}; {machine.created}. Other guests of the host took {stolen(results)}.\n\n    {machine.command}"
     )
+
+
+def stolen(results: Results) -> str:
+    """How much of the processor time others took while calls were timed, in words."""
+    parts = [trial.stolen for trial in results.trials if trial.stolen is not None]
+    if not parts:
+        return "an unknown part of the time"
+    return f"{median(parts):.0%} of the processor time of the median call and {max(parts):.0%} of the worst"

@@ -1,4 +1,4 @@
-"""One timed call: its seconds, the most memory while it ran, and its energy where the device tells."""
+"""One timed call: its seconds, the most memory while it ran, its energy where the device tells, and what others took of it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,16 @@ from specdec.bench.energy import Meter
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What a call gave. peak_mib: of the device, else of this process.  energy_j: None where nothing counts it."""
+    """What a call gave. peak_mib: of the device, else of this process.  energy_j: None where nothing counts it.
+
+    stolen: the part of the processor time wanted meanwhile that the host gave to other guests; None where the system does not tell.
+    """
 
     out: Any
     seconds: float
     peak_mib: float | None
     energy_j: float | None
+    stolen: float | None
 
 
 def measured(run: Callable[[], Any], device: torch.device, meter: Meter | None = None) -> Measured:
@@ -34,13 +38,31 @@ def measured(run: Callable[[], Any], device: torch.device, meter: Meter | None =
     else:
         _reset_peak()
     before = meter.joules() if meter is not None else 0.0
+    ticks = _ticks()
     began = perf_counter()
     out = run()
     if on_gpu:
         torch.cuda.synchronize(device)
     seconds = perf_counter() - began
+    stolen = _stolen(ticks, _ticks())
     energy = meter.joules() - before if meter is not None else None
-    return Measured(out, seconds, torch.cuda.max_memory_allocated(device) / 2**20 if on_gpu else _peak_mib(), energy)
+    return Measured(out, seconds, torch.cuda.max_memory_allocated(device) / 2**20 if on_gpu else _peak_mib(), energy, stolen)
+
+
+def _ticks() -> tuple[int, int] | None:
+    """Processor time since the machine started, in ticks: what was worked or waited for, and what of it the host gave to others."""
+    try:
+        first = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+        user, nice, system, _, _, interrupts, soft, stolen = map(int, first[1:9])
+    except (OSError, ValueError):
+        return None
+    return user + nice + system + interrupts + soft + stolen, stolen
+
+
+def _stolen(before: tuple[int, int] | None, after: tuple[int, int] | None) -> float | None:
+    if before is None or after is None or after[0] <= before[0]:
+        return None
+    return (after[1] - before[1]) / (after[0] - before[0])
 
 
 def _reset_peak() -> None:

@@ -53,6 +53,7 @@ class Answer:
     stats: Any = None
     peak_mib: float | None = None
     energy_j: float | None = None
+    stolen: float | None = None
 
 
 class Method(Protocol):
@@ -115,7 +116,7 @@ class Transformers:
         tokens = tuple(map(tuple, found.out[:, width:].tolist()))
         prefill_s = found.seconds - (marks.ended - marks.first)
         decoded, forwards = sum(map(len, tokens)) - len(tokens), max(marks.forwards - 1, 1)
-        return Answer(tokens, found.seconds, prefill_s, decoded, forwards, None, found.peak_mib, found.energy_j)
+        return Answer(tokens, found.seconds, prefill_s, decoded, forwards, None, found.peak_mib, found.energy_j, found.stolen)
 
 
 @dataclass
@@ -190,7 +191,8 @@ class Ours:
         assert stats is not None
         tokens = tuple(map(tuple, found.out[:, inputs["input_ids"].shape[1] :].tolist()))
         made, rounds = sum(map(len, tokens)), max(stats.rounds, 1)
-        return Answer(tokens, found.seconds, stats.prefill_s, made, rounds, stats, found.peak_mib, found.energy_j)
+        more = (found.peak_mib, found.energy_j, found.stolen)
+        return Answer(tokens, found.seconds, stats.prefill_s, made, rounds, stats, *more)
 
 
 @dataclass(frozen=True, slots=True)

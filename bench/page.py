@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from specdec.bench.markdown import stolen
 from specdec.bench.records import ALL, HF, PLAIN, Gate, Interval, Results, Row
 from specdec.bench.svg import Bar, Line, bars, document, escape, figure, lines, number, stacked, table
 
@@ -102,6 +103,7 @@ def _facts(results: Results) -> str:
         "measured": machine.created,
         "target": f"{settings.target}, {settings.dtype}",
         "workload": f"{prompts} prompts, {settings.max_new_tokens} new tokens each",
+        "host": f"its other guests took {stolen(results)}",
         "times": f"{f'medians of {settings.repeats} repeats' if settings.repeats > 1 else 'one run'}, intervals over prompts",
         "seed": settings.seed,
     }

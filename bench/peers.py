@@ -64,7 +64,7 @@ class Peer:
         found = measured(lambda: decode(ask), self.device)
         tokens = tuple(map(tuple, found.out))
         made = sum(map(len, tokens))
-        return Answer(tokens, found.seconds, 0.0, made, max(len(tokens[0]), 1), None, found.peak_mib)
+        return Answer(tokens, found.seconds, 0.0, made, max(len(tokens[0]), 1), None, found.peak_mib, stolen=found.stolen)
 
     def _loaded(self) -> str:
         if self.engine.needs_file and not self.model:

@@ -141,7 +141,8 @@ class Trial:
     empty for those; so are accepted_at and reached_at, rounds that accepted, and had room to draft, a token at each depth.
     draft_s to other_s: the phases of all rounds.  forward_s: the part of them inside the models' forwards.  expected_*: what the
     planner forecast of the rounds that it forecast, realised_* what these gave.  peak_mib: of the device, else of this process,
-    None where unknown.  energy_j: joules of the device, or of the whole processor; None where nothing counts them.
+    None where unknown.  energy_j: joules of the device, or of the whole processor; None where nothing counts them.  stolen: the
+    part of the processor time that a virtual machine's host gave to others meanwhile, None where the system does not tell.
     """
 
     method: str
@@ -173,6 +174,7 @@ class Trial:
     realised_s: float = 0.0
     peak_mib: float | None = None
     energy_j: float | None = None
+    stolen: float | None = None
 
     @property
     def decode_s(self) -> float:

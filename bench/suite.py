@@ -28,6 +28,8 @@ from specdec.bench.workloads import Item, Prompts, items
 from specdec.errors import SpecDecError
 
 Tokens = tuple[tuple[int, ...], ...]
+# A call that lost a larger part of its processor time to other guests of the host is made once more.
+_STOLEN = 0.1
 
 
 def run_suite(
@@ -247,7 +249,7 @@ class _Run:
             if key in done:
                 outputs[name] = done[key]
                 continue
-            answer = self._asked(name, cell, item)
+            answer = self._timed(name, cell, item)
             self.store.add(trial_of(name, cell, item, repeat, answer), answer.tokens)
             outputs[name] = answer.tokens
         self.judge.judge(cell, item, outputs)
@@ -256,6 +258,13 @@ class _Run:
         """Methods that can run there and were not refused."""
         able = [name for name, method in self.methods.items() if not method.why_not(*cell)]
         return [name for name in able if not self.judge.tally(name, cell).refused]
+
+    def _timed(self, name: str, cell: Cell, item: Item) -> Answer:
+        """Of two calls that which lost less to others counts, not that which was faster."""
+        first = self._asked(name, cell, item)
+        if (first.stolen or 0.0) <= _STOLEN:
+            return first
+        return min(first, self._asked(name, cell, item), key=lambda answer: answer.stolen or 0.0)
 
     def _asked(self, name: str, cell: Cell, item: Item) -> Answer:
         return self.methods[name].run(Ask(item.ids, self.settings.max_new_tokens, cell[1], self.settings.seed + item.number))
@@ -295,6 +304,7 @@ def trial_of(name: str, cell: Cell, item: Item, repeat: int, answer: Answer) -> 
         forwards=answer.forwards,
         peak_mib=answer.peak_mib,
         energy_j=answer.energy_j,
+        stolen=answer.stolen,
         **({} if answer.stats is None else _told(answer.stats)),
     )
 

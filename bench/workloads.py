@@ -1,4 +1,4 @@
-"""Prompts for the benchmark suite: built-in or local files, by task; what does not fit is listed, never cut."""
+"""Prompts for the benchmark suite: built-in, local files or hub datasets, by task; what does not fit is listed, never cut."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from specdec.bench.hub_prompts import hub_rows, hub_set
 from specdec.bench.records import RefusedPrompt, Workload
 from specdec.errors import SpecDecError
 
@@ -55,8 +56,9 @@ class Prompts:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Which prompts are asked for. paths: none means the built-in ones.  tasks: none means all.  per_task: at most, evenly.
+    """Which prompts are asked for. paths: files, or names as `hub_set` reads them; none means the built-in ones.
 
+    tasks: none means all.  per_task: at most, evenly from each.
     longest: prompts of more tokens are refused, on top of what the model's positions refuse.
     """
 
@@ -83,8 +85,8 @@ def load_prompts(choice: Choice, tokenizer: Any, positions: int | None, new: int
     """The prompts of a choice, whole. positions: of the model, None for no limit.  new: tokens to make behind each.
 
     A line of a .jsonl file holds "messages", "turns", or one of "text", "prompt", "question" and "context" (and "chat"); and
-    "group", "category" or "task", else the file's name is the task. A .tsv file holds a question and an answer. Only first turns
-    are asked; later ones are listed as refused, for they need an answer first. Raises SpecDecError.
+    "group", "category" or "task", else the file's name is the task; so does a row of a hub dataset. A .tsv file holds a question
+    and an answer. Only first turns are asked; later ones are listed as refused, for they need an answer first. Raises SpecDecError.
     """
     prompts: list[Prompt] = []
     refused: list[RefusedPrompt] = []
@@ -156,12 +158,22 @@ def _sources(paths: Sequence[Path]) -> Iterator[tuple[str, list[_Asked]]]:
     if not paths:
         yield BUILT_IN, _lines(_built_in(), BUILT_IN, BUILT_IN, "")
     for path in paths:
+        if not path.exists() and path.suffix not in (".jsonl", ".tsv"):
+            yield _from_hub(str(path))
+            continue
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            raise SpecDecError(f"--prompts {path} cannot be read ({error}); give a .jsonl or .tsv file") from error
+            raise SpecDecError(f"--prompts {path} cannot be read ({error}); give a .jsonl or .tsv file, or a hub set") from error
         read = _table if path.suffix == ".tsv" else _lines
         yield path.name, read(text, path.stem, str(path), _licence_beside(path))
+
+
+def _from_hub(name: str) -> tuple[str, list[_Asked]]:
+    wanted = hub_set(name)
+    rows, licence = hub_rows(wanted)
+    stem = wanted.repo.rpartition("/")[2]
+    return wanted.said, [_asked(row, number, stem, wanted.said, licence) for number, row in enumerate(rows, 1)]
 
 
 def _licence_beside(path: Path) -> str:

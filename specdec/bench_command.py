@@ -43,6 +43,7 @@ _BUNDLED_LENGTH = 256
 class BenchOptions:
     """The command's options; None is what `run_bench` says. drafters: names, paths, or NAME=PATH.  output: a folder.
 
+    dtypes: of the target; with several, a run of each in a folder of its own.  prompts: files, or hub datasets at a commit.
     compiled: the baseline that takes a minute to compile.  synthetic: acceptance rates to imitate.  peers: engines, NAME=MODEL.
     """
 
@@ -58,7 +59,7 @@ class BenchOptions:
     per_task: int | None = None
     longest: int | None = None
     trained_length: int | None = None
-    dtype: str | None = None
+    dtypes: tuple[str, ...] = ()
     planner: str | None = None
     verifier: str = "auto"
     seed: int = 0
@@ -73,30 +74,30 @@ class BenchOptions:
 def run_bench(options: BenchOptions, console: Console) -> bool:
     """Measure, write results.json, report.md and report.html, and show the table; False when a method was refused.
 
-    128 new tokens and 3 repeats by default, 48 and 3 with quick, which takes five built-in prompts. Raises SpecDecError.
+    128 new tokens and 3 repeats by default, 48 and 3 with quick, which takes five built-in prompts. With several dtypes each has
+    its own folder in the output. Raises SpecDecError.
     """
     if options.resume and options.output is None:
         raise SpecDecError("--resume needs --output, the folder of the run to go on with")
-    path = checkpoint(options.target, "target")
-    target, tokenizer = _loaded(path, options.dtype)
-    prompts = _prompts(options, target, tokenizer)
-    methods = _methods(options, target, path)
     folder = options.output or Path(f"bench-{datetime.now(UTC):%Y%m%d-%H%M%S}")
-    folder.mkdir(parents=True, exist_ok=True)
+    dtypes = tuple(dict.fromkeys(options.dtypes)) or (None,)
+    several = len(dtypes) > 1
     try:
-        results = run_suite(
-            target,
-            methods,
-            prompts,
-            _settings(options, target),
-            this_machine(options.command),
-            store=folder / "trials.jsonl",
-            resume=options.resume,
-            console=console,
-        )
+        passed = [_run_one(options, dtype, folder / str(dtype) if several else folder, console) for dtype in dtypes]
     except KeyboardInterrupt:
         console.print(f"nothing measured is lost: go on with --output {escape(str(folder))} --resume", highlight=False)
         raise
+    return all(passed)
+
+
+def _run_one(options: BenchOptions, dtype: str | None, folder: Path, console: Console) -> bool:
+    path = checkpoint(options.target, "target")
+    target, tokenizer = _loaded(path, dtype)
+    prompts = _prompts(options, target, tokenizer)
+    methods = _methods(options, target, path)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings, here, store = _settings(options, target), this_machine(options.command), folder / "trials.jsonl"
+    results = run_suite(target, methods, prompts, settings, here, store=store, resume=options.resume, console=console)
     write_results(results, folder / "results.json")
     _show(results, console)
     write_reports(results, folder, console)

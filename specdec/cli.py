@@ -244,7 +244,10 @@ def bench_run(
         list[str] | None,
         typer.Option(help="draft, medusa, pard (bundled), a name as in generate, a path, or NAME=any of these; may be repeated"),
     ] = None,
-    prompts: Annotated[list[Path] | None, typer.Option(help=".jsonl or .tsv; may be repeated; default: the built-in ones")] = None,
+    prompts: Annotated[
+        list[Path] | None,
+        typer.Option(help=".jsonl, .tsv, or a hub set, OWNER/NAME[/CONFIG]@COMMIT[:SPLIT]; may be repeated; built-in by default"),
+    ] = None,
     workload: Annotated[list[str] | None, typer.Option(help="only prompts of this task; may be repeated")] = None,
     per_task: Annotated[int | None, typer.Option(min=1, help="most prompts of a task, evenly from it")] = None,
     longest: Annotated[int | None, typer.Option(min=1, help="refuse prompts of more tokens than this")] = None,
@@ -252,7 +255,7 @@ def bench_run(
     temperature: Annotated[list[float] | None, typer.Option(min=0.0, help="0 decodes greedily; may be repeated")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="128 by default, 48 with --quick")] = None,
     repeats: Annotated[int | None, typer.Option(min=1, help="runs of each method on each prompt, 3 by default")] = None,
-    dtype: Annotated[str | None, typer.Option(help="of the target, as float32; the checkpoint's own by default")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="of the target, as float32; may be repeated; its own")] = None,
     planner: Annotated[str | None, typer.Option(help="a planner's name; the default one by default")] = None,
     verifier: Annotated[str, typer.Option(help="a rule's name; one that changes the output is refused")] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="of sampling, and of the intervals")] = 0,
@@ -270,7 +273,7 @@ def bench_run(
     sizes = (max_new_tokens, repeats, per_task, longest, trained_length)
     typed = command_line(sys.argv[1:])
     more = (compiled, tuple(synthetic or ()), tuple(peer or ()))
-    options = BenchOptions(quick, target, *lists, *sizes, dtype, planner, verifier, seed, output, resume, typed, *more)
+    options = BenchOptions(quick, target, *lists, *sizes, tuple(dtype or ()), planner, verifier, seed, output, resume, typed, *more)
     if not run_bench(options, Console()):
         raise typer.Exit(1)
 

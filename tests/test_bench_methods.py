@@ -13,6 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from specdec.bench import measuring
 from specdec.bench.advise import advise
 from specdec.bench.energy import meter_of
 from specdec.bench.markdown import markdown
@@ -55,6 +56,13 @@ def _run(target: Any, methods: tuple[Method, ...], store: Path, **changed: Any) 
 
 def _status(results: Results) -> dict[str, str]:
     return {gate.method: gate.status for gate in results.gates}
+
+
+def test_what_others_took_is_a_part_of_the_time_that_was_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([(100, 5), (200, 25), (200, 25), (200, 25), None, None])
+    monkeypatch.setattr(measuring, "_ticks", lambda: next(ticks))
+    found = [measured(lambda: None, torch.device("cpu")).stolen for _ in range(3)]
+    assert found == [0.2, None, None]
 
 
 def test_a_static_cache_says_what_generate_says_at_every_batch_size(target: Any) -> None:

@@ -13,11 +13,12 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from specdec.bench import measuring
 from specdec.bench.markdown import markdown
 from specdec.bench.methods import ASSISTED, LOOKUP, Answer, Ask, Method, NamedDrafter, Selection, make_methods
 from specdec.bench.records import ALL, HF, PLAIN, MethodInfo, Results, Settings, read_results, write_results
 from specdec.bench.suite import run_suite, this_machine
-from specdec.bench.workloads import Choice, Prompt, Prompts, items, load_prompts
+from specdec.bench.workloads import Prompt, Prompts, items
 from specdec.cli import app
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.errors import SpecDecError
@@ -35,6 +36,12 @@ def _asked(count: int = 3) -> Prompts:
 
 def _settings(**changed: Any) -> Settings:
     return replace(Settings("tiny", "float32", (1,), (0.0,), NEW, 2, 0), **changed)
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls are counted here, so none is made again because this machine is shared."""
+    monkeypatch.setattr(measuring, "_ticks", lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +103,43 @@ class Counted:
             raise KeyboardInterrupt
         self.asked.append((ask, self.info.name))
         return self.inner.run(ask)
+
+
+@dataclass
+class Disturbed:
+    """A method whose calls lose time to others, by turns: so much of each."""
+
+    inner: Method
+    parts: list[float | None]
+
+    @property
+    def info(self) -> MethodInfo:
+        return self.inner.info
+
+    def why_not(self, batch: int, temperature: float) -> str:
+        return ""
+
+    def run(self, ask: Ask) -> Answer:
+        return replace(self.inner.run(ask), stolen=self.parts.pop(0))
+
+
+@pytest.mark.parametrize(
+    ("parts", "kept"),
+    [((0.5, 0.02), 0.02), ((0.3, 0.6), 0.3), ((0.05,), 0.05), ((None,), None)],
+    ids=["then not", "then more", "little", "unknown"],
+)
+def test_a_call_that_others_took_much_of_is_made_once_more(
+    target: Any, methods: tuple[Method, ...], tmp_path: Path, parts: tuple[float | None, ...], kept: float | None
+) -> None:
+    # The first call is the warm-up, and its times do not count.
+    method = Disturbed(methods[0], [0.9, *parts])
+    one = replace(_asked(1), prompts=_asked(1).prompts[:1])
+    console, store = Console(quiet=True), tmp_path / "trials.jsonl"
+    settings, here = _settings(repeats=1), this_machine("specdec bench run")
+    results = run_suite(target, (method,), one, settings, here, store=store, resume=False, console=console)
+    assert [trial.stolen for trial in results.trials] == [kept]
+    assert not method.parts
+    assert ("unknown" in markdown(results)) == (kept is None)
 
 
 def test_every_method_is_measured_judged_and_summed_up(target: Any, methods: tuple[Method, ...], tmp_path: Path) -> None:
@@ -239,73 +283,6 @@ def test_a_damaged_file_is_an_error_that_names_the_place(
         read_results(path)
 
 
-class Words:
-    """A tokenizer of words without a chat template."""
-
-    chat_template = None
-
-    def __call__(self, text: str) -> dict[str, list[int]]:
-        return {"input_ids": [len(word) for word in text.split()]}
-
-
-def _file(folder: Path, *entries: dict[str, Any]) -> Path:
-    path = folder / "mine.jsonl"
-    path.write_text("\n".join(map(json.dumps, entries)))
-    return path
-
-
-def test_prompts_that_do_not_fit_are_listed_and_none_is_cut(tmp_path: Path) -> None:
-    path = _file(
-        tmp_path,
-        {"text": "one two three"},
-        {"prompt": "one two three four five", "group": "b"},
-        {"turns": ["a question", "and another"], "category": "writing"},
-        {"question": " ".join(["word"] * 30), "category": "qa"},
-    )
-    (tmp_path / "LICENSE").write_text("\n  Some License\n")
-    found = load_prompts(Choice((path,), longest=4), Words(), 24, 4)
-    assert [(p.task, p.line, len(p.ids)) for p in found.prompts] == [("mine", 1, 3), ("MT-bench", 3, 2)]
-    assert [(r.task, r.line, r.tokens) for r in found.refused] == [("b", 2, 5), ("MT-bench", 3, 2), ("qa", 4, 30)]
-    assert "limit of 4" in found.refused[0].reason
-    assert "turn 2" in found.refused[1].reason
-    assert "24 positions" in found.refused[2].reason
-    counts = {w.task: (w.prompts, w.refused) for w in found.workloads}
-    assert counts == {"mine": (1, 0), "MT-bench": (1, 1), "b": (0, 1), "qa": (0, 1)}
-    assert {w.licence for w in found.workloads} == {"Some License"}
-
-
-def test_prompts_are_chosen_by_task_and_evenly(tmp_path: Path) -> None:
-    path = _file(tmp_path, *({"text": "word " * (i + 1), "group": "a" if i < 6 else "b"} for i in range(8)))
-    found = load_prompts(Choice((path,), tasks=("a",), per_task=3), Words(), None, 4)
-    assert [prompt.line for prompt in found.prompts] == [1, 3, 5]
-    with pytest.raises(SpecDecError, match="tasks c"):
-        load_prompts(Choice((path,), tasks=("c",)), Words(), None, 4)
-    with pytest.raises(SpecDecError, match="line 1, has id; one of messages"):
-        load_prompts(Choice((_file(tmp_path, {"id": 3}),)), Words(), None, 4)
-
-
-@pytest.mark.parametrize(
-    ("text", "what"),
-    [
-        ('{"text": "fine"}\n\n{"text":\n', "line 3: not JSON"),
-        ('["text"]\n', "line 1, is a list; give one object a line"),
-        ("", "there are no prompts"),
-    ],
-    ids=["broken", "a list", "empty"],
-)
-def test_a_file_that_holds_no_prompts_is_an_error_that_names_the_line(tmp_path: Path, text: str, what: str) -> None:
-    path = tmp_path / "mine.jsonl"
-    path.write_text(text)
-    with pytest.raises(SpecDecError, match=what):
-        load_prompts(Choice((path,)), Words(), None, 4)
-
-
-def test_a_separator_inside_a_text_ends_no_line(tmp_path: Path) -> None:
-    path = tmp_path / "mine.jsonl"
-    path.write_text('{"text": "one\u2028two"}\n{"text": "three"}', encoding="utf-8")
-    assert [len(prompt.ids) for prompt in load_prompts(Choice((path,)), Words(), None, 4).prompts] == [2, 1]
-
-
 def test_items_hold_every_prompt_and_are_full() -> None:
     found = items(_asked(7).prompts, 3)
     assert [item.number for item in found] == [0, 1, 2]
@@ -330,6 +307,20 @@ def test_the_commands_measure_compare_advise_and_report(tmp_path: Path) -> None:
     (first / "report.md").unlink()
     CliRunner().invoke(app, ["bench", "report", str(first)], catch_exceptions=False)
     assert "| suffix" in (first / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_several_dtypes_are_runs_in_folders_of_their_own(tmp_path: Path) -> None:
+    dtypes = ("float32", "bfloat16")
+    asked = ["--quick", "--workload", "story", "--drafter", "suffix", "--max-new-tokens", "4", "--repeats", "1"]
+    asked += [*(word for dtype in dtypes for word in ("--dtype", dtype)), "--output", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, ["bench", "run", *asked], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert [read_results(tmp_path / "out" / dtype / "results.json").settings.dtype for dtype in dtypes] == list(dtypes)
+    again = CliRunner().invoke(app, ["bench", "run", *asked, "--resume"], catch_exceptions=False)
+    assert again.exit_code == 0, again.output
+    kept = [(tmp_path / "out" / dtype / "trials.jsonl").read_text().count("\n") for dtype in dtypes]
+    assert len(set(kept)) == 1
 
 
 @pytest.mark.slow

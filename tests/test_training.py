@@ -271,6 +271,18 @@ def test_a_cut_draft_begins_as_layers_of_the_target() -> None:
         make_draft(replace(settings, num_layers=9), target, torch.device("cpu"))
 
 
+def test_a_draft_from_scratch_has_the_sizes_asked_for_and_the_targets_vocabulary() -> None:
+    target = load_lm(str(bundled_path("target")), device=torch.device("cpu"))
+    sizes = {"num_layers": 2, "hidden_size": 96, "intermediate_size": 160, "num_heads": 2, "num_kv_heads": 1}
+    flags = ["--draft.init=scratch", *(f"--draft.{name}={value}" for name, value in sizes.items())]
+    draft = make_draft(load_config(DraftTraining, flags=flags).draft, target, torch.device("cpu"))
+    config = draft.config
+    assert [config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.num_attention_heads] == [2, 96, 160, 2]
+    assert draft.get_input_embeddings().weight.shape == (target.config.vocab_size, 96)
+    assert draft(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, target.config.vocab_size)
+    assert type(draft) is type(target)
+
+
 def test_rates_rise_and_fall() -> None:
     config = load_config(
         PardTraining, flags=["--optim.schedule=cosine", "--optim.warmup_steps=4", "--optim.min_rate_share=0.1"]

@@ -150,6 +150,12 @@ def test_the_saved_settings_load_to_an_equal_configuration(kind: type, tmp_path:
     assert content["config"] == resolved(config)
 
 
+def test_a_list_that_is_named_again_grows_and_of_one_value_the_last_counts() -> None:
+    flags = ["--data.files", "a.jsonl", "b.jsonl", "--data.files=c.jsonl", "--data.limit", "5", "--data.limit", "6"]
+    config = load_config(DraftTraining, flags=flags)
+    assert (config.data.files, config.data.limit) == (("a.jsonl", "b.jsonl", "c.jsonl"), 6)
+
+
 def test_saved_settings_of_another_kind_are_refused(tmp_path: Path) -> None:
     save_resolved(MedusaTraining(), [], tmp_path)
     with pytest.raises(ConfigError, match="settings of a PardTraining"):

@@ -146,7 +146,7 @@ def _scratch(config: DraftConfig, target: Any) -> Any:
         "num_key_value_heads": config.num_kv_heads,
     }
     given = {name: value for name, value in sizes.items() if value is not None}
-    smaller = AutoConfig.for_model(target.config.model_type, **{**target.config.to_dict(), **given, "layer_types": None})
+    smaller = AutoConfig.for_model(**{**target.config.to_dict(), **given, "layer_types": None})
     return AutoModelForCausalLM.from_config(smaller)
 
 

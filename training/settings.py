@@ -150,14 +150,17 @@ def _flat(content: Any, prefix: str, origin: str, known: Mapping[str, Flag]) -> 
 
 
 def _from_flags(flags: Sequence[str], known: Mapping[str, Flag]) -> dict[str, Any]:
-    origin, given, name = "command line", {}, None
+    origin, name = "command line", None
+    given: dict[str, list[str]] = {}
     for word in flags:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             name = name.replace("-", "_")
             if name not in known:
                 raise _unknown(name, origin, known)
-            given[name] = [value] if equals else []
+            # A list that is named again grows, as with other tools; of another setting the last value counts.
+            before = given.get(name, []) if get_origin(known[name].kind) is tuple else []
+            given[name] = [*before, *([value] if equals else [])]
         elif name is None:
             raise ConfigError(f"{origin}: {word!r} belongs to no flag; settings are given as --section.name value")
         else:
