@@ -28,12 +28,15 @@ from transformers import AutoModelForCausalLM
 import specdec
 from specdec.bench.compare import MARGIN, Verdict, verdict_of
 from specdec.bench.margin import explain, first_difference
+from specdec.bench.measuring import DISTURBED, stolen_between, ticks
 from specdec.bench.records import Interval
 from specdec.bench.statistics import FEWEST_ITEMS, paired
 from specdec.errors import SpecDecError
 
 # What one start of the program gains or loses on another, as a deviation of the log of their ratio.
 _STARTS = 0.008
+# Pairs that others of the host did not disturb are judged alone where they are at least such a part of all.
+_CALM = 0.25
 # A part of the pairs that is left out at each end.
 TRIM = 0.2
 _WORKER = Path(__file__).with_name("against_worker.py")
@@ -68,18 +71,30 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """The times of one piece on both sides. start: which start of the processes it is of."""
+    """The times of one piece on both sides. start: which start of the processes it is of.  stolen: see `Trial`, the larger one."""
 
     method: str
     prompt: int
     start: int
     before_s: float
     after_s: float
+    stolen: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What a side said, in how many seconds, and what of its processor time others took."""
+
+    tokens: tuple[int, ...]
+    seconds: float
+    stolen: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
     """A method's verdict. before, after: tokens a second, medians.  ratio: after over before, None with too few pairs.
+
+    pairs: those that were judged; disturbed ones are not, unless nearly all are.
 
     reason: of a refusal, where outputs differ; there is no ratio then.
     """
@@ -111,11 +126,12 @@ class Worker:
         """Raises SpecDecError when the checkout cannot do it."""
         self._hear()
 
-    def decode(self, method: str, prompt: Sequence[int], new: int) -> tuple[tuple[int, ...], float]:
-        """The new tokens and the seconds they took."""
+    def decode(self, method: str, prompt: Sequence[int], new: int) -> Piece:
+        """The new tokens, and how long they took."""
+        wanted = ticks()
         self._say({"method": method, "prompt": list(prompt), "new": new})
         answer = self._hear()
-        return tuple(answer["tokens"]), float(answer["seconds"])
+        return Piece(tuple(answer["tokens"]), float(answer["seconds"]), stolen_between(wanted, ticks()) or 0.0)
 
     def close(self) -> None:
         """End the process."""
@@ -169,7 +185,7 @@ def run_against(
                 for number, prompt in enumerate(plan.prompts):
                     # Twice: the first call of all loads code, and a planner learns what the rest of them cost.
                     for _ in range(2):
-                        said = [worker.decode(method, prompt, plan.new)[0] for worker in workers]
+                        said = [worker.decode(method, prompt, plan.new).tokens for worker in workers]
                         gate.check(method, number, *said)
             pairs += _measured(workers, plan, start, gate, advance)
     return tuple(_judged(method, pairs, plan, gate, margin) for method in plan.methods)
@@ -197,8 +213,10 @@ def _measured(workers: tuple[Worker, Worker], plan: Plan, start: int, gate: _Gat
         for method, number in pieces:
             for turn in ((0, 1), (1, 0)):
                 answers = {side: workers[side].decode(method, plan.prompts[number], plan.new) for side in turn}
-                gate.check(method, number, answers[0][0], answers[1][0])
-                found.append(Pair(method, number, start, answers[0][1], answers[1][1]))
+                before, after = answers[0], answers[1]
+                gate.check(method, number, before.tokens, after.tokens)
+                stolen = max(before.stolen, after.stolen)
+                found.append(Pair(method, number, start, before.seconds, after.seconds, stolen))
             passed = min(1.0, (monotonic() - began) / share)
             advance((start + passed) / plan.starts)
             if passed == 1 and len(found) >= 2 * len(pieces):
@@ -237,7 +255,7 @@ class _Gate:
 
 
 def _judged(method: str, pairs: Sequence[Pair], plan: Plan, gate: _Gate, margin: float) -> Judged:
-    own = [pair for pair in pairs if pair.method == method]
+    own = _undisturbed([pair for pair in pairs if pair.method == method])
     before, after = (plan.new / median(getattr(pair, name) for pair in own) for name in ("before_s", "after_s"))
     if method in gate.reasons:
         return Judged(method, len(own), "outputs differ", before, after, reason=gate.reasons[method])
@@ -246,6 +264,12 @@ def _judged(method: str, pairs: Sequence[Pair], plan: Plan, gate: _Gate, margin:
     logs = [math.log(pair.before_s / pair.after_s) for pair in own]
     found = paired(logs, len(plan.methods), _STARTS / math.sqrt(plan.starts), TRIM)
     return Judged(method, len(own), verdict_of(found.ratio, margin), before, after, found.ratio, found.resolution)
+
+
+def _undisturbed(pairs: list[Pair]) -> list[Pair]:
+    """Without those that others of the host disturbed; with them where too few are left to judge by."""
+    calm = [pair for pair in pairs if pair.stolen <= DISTURBED]
+    return calm if len(calm) >= max(FEWEST_ITEMS, _CALM * len(pairs)) else pairs
 
 
 @contextmanager

@@ -14,6 +14,9 @@ import torch
 
 from specdec.bench.energy import Meter
 
+# A call that lost a larger part of its processor time to other guests of the host is disturbed.
+DISTURBED = 0.1
+
 
 @dataclass(frozen=True, slots=True)
 class Measured:
@@ -38,18 +41,18 @@ def measured(run: Callable[[], Any], device: torch.device, meter: Meter | None =
     else:
         _reset_peak()
     before = meter.joules() if meter is not None else 0.0
-    ticks = _ticks()
+    wanted = ticks()
     began = perf_counter()
     out = run()
     if on_gpu:
         torch.cuda.synchronize(device)
     seconds = perf_counter() - began
-    stolen = _stolen(ticks, _ticks())
+    stolen = stolen_between(wanted, ticks())
     energy = meter.joules() - before if meter is not None else None
     return Measured(out, seconds, torch.cuda.max_memory_allocated(device) / 2**20 if on_gpu else _peak_mib(), energy, stolen)
 
 
-def _ticks() -> tuple[int, int] | None:
+def ticks() -> tuple[int, int] | None:
     """Processor time since the machine started, in ticks: what was worked or waited for, and what of it the host gave to others."""
     try:
         first = Path("/proc/stat").read_text().split("\n", 1)[0].split()
@@ -59,7 +62,8 @@ def _ticks() -> tuple[int, int] | None:
     return user + nice + system + interrupts + soft + stolen, stolen
 
 
-def _stolen(before: tuple[int, int] | None, after: tuple[int, int] | None) -> float | None:
+def stolen_between(before: tuple[int, int] | None, after: tuple[int, int] | None) -> float | None:
+    """The part that others took between two readings of `ticks`; None where it is unknown or nothing was wanted."""
     if before is None or after is None or after[0] <= before[0]:
         return None
     return (after[1] - before[1]) / (after[0] - before[0])

@@ -20,6 +20,7 @@ from rich.progress import Progress
 import specdec
 from specdec.bench.machine import machine
 from specdec.bench.margin import explain, first_difference
+from specdec.bench.measuring import DISTURBED
 from specdec.bench.methods import Answer, Ask, Method
 from specdec.bench.records import HF, PLAIN, Gate, Machine, MethodInfo, Results, Settings, Status, Trial, from_json
 from specdec.bench.statistics import Cell, summarise, sums
@@ -28,8 +29,6 @@ from specdec.bench.workloads import Item, Prompts, items
 from specdec.errors import SpecDecError
 
 Tokens = tuple[tuple[int, ...], ...]
-# A call that lost a larger part of its processor time to other guests of the host is made once more.
-_STOLEN = 0.1
 
 
 def run_suite(
@@ -260,9 +259,9 @@ class _Run:
         return [name for name in able if not self.judge.tally(name, cell).refused]
 
     def _timed(self, name: str, cell: Cell, item: Item) -> Answer:
-        """Of two calls that which lost less to others counts, not that which was faster."""
+        """A disturbed call is made once more; the one that lost less to others counts, not the faster one."""
         first = self._asked(name, cell, item)
-        if (first.stolen or 0.0) <= _STOLEN:
+        if (first.stolen or 0.0) <= DISTURBED:
             return first
         return min(first, self._asked(name, cell, item), key=lambda answer: answer.stolen or 0.0)
 

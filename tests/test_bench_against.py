@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from specdec import bench_command
 from specdec.bench import aa, against, machine
-from specdec.bench.against import Judged, Pair, Plan, Side, checkout, run_against, working_tree
+from specdec.bench.against import Judged, Pair, Piece, Plan, Side, checkout, run_against, working_tree
 from specdec.bench.compare import whole
 from specdec.bench.gpu_store import describe
 from specdec.bench_command import AgainstOptions, compare_command
@@ -48,14 +48,14 @@ class Simulated:
 
     def close(self) -> None: ...
 
-    def decode(self, method: str, prompt: Any, new: int) -> tuple[tuple[int, ...], float]:
+    def decode(self, method: str, prompt: Any, new: int) -> Piece:
         own = type(self)
         own.pace = 0.95 * own.pace + self.random.normal(0, PACE / 3)
         seconds = 0.15 * self.luck * (1 + self.side.slow) * math.exp(own.pace + self.random.normal(0, PIECE))
         seconds *= 2.0 if self.random.random() < PAUSES else 1.0
         own.clock += seconds
         first = 1 if own.wrong and self.side.name == "after" else 0
-        return (first, *range(1, new)), seconds
+        return Piece((first, *range(1, new)), seconds)
 
 
 @pytest.fixture
@@ -115,6 +115,16 @@ def test_a_piece_that_stalls_on_one_side_does_not_decide() -> None:
     gate = against._Gate(PLAN)
     assert against._judged("plain", pairs, PLAN, gate, 0.02).verdict == "no difference"
     assert against._judged("plain", pairs[:4], PLAN, gate, 0.02).verdict == "too few prompts"
+
+
+@pytest.mark.parametrize("disturbed", [30, 59])
+def test_pieces_that_others_disturbed_do_not_count_while_enough_are_left(disturbed: int) -> None:
+    random = np.random.default_rng(0)
+    pairs = [Pair("plain", 0, 0, *np.exp(random.normal(0, 0.02, 2))) for _ in range(60)]
+    for i in range(disturbed):
+        pairs[i] = Pair("plain", 0, 0, 1.0, 1.3, stolen=0.4)
+    found = against._judged("plain", pairs, PLAN, against._Gate(PLAN), 0.02)
+    assert (found.verdict, found.pairs) == (("no difference", 30) if disturbed == 30 else ("slower", 60))
 
 
 def _git(folder: Path, *arguments: str) -> str:

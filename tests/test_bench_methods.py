@@ -60,7 +60,7 @@ def _status(results: Results) -> dict[str, str]:
 
 def test_what_others_took_is_a_part_of_the_time_that_was_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter([(100, 5), (200, 25), (200, 25), (200, 25), None, None])
-    monkeypatch.setattr(measuring, "_ticks", lambda: next(ticks))
+    monkeypatch.setattr(measuring, "ticks", lambda: next(ticks))
     found = [measured(lambda: None, torch.device("cpu")).stolen for _ in range(3)]
     assert found == [0.2, None, None]
 

@@ -41,7 +41,7 @@ def _settings(**changed: Any) -> Settings:
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls are counted here, so none is made again because this machine is shared."""
-    monkeypatch.setattr(measuring, "_ticks", lambda: None)
+    monkeypatch.setattr(measuring, "ticks", lambda: None)
 
 
 @pytest.fixture(scope="module")
