@@ -142,6 +142,20 @@ def test_a_call_that_others_took_much_of_is_made_once_more(
     assert ("unknown" in markdown(results)) == (kept is None)
 
 
+def test_a_resumed_run_measures_again_what_was_disturbed_and_judges_it_still(
+    target: Any, methods: tuple[Method, ...], tmp_path: Path
+) -> None:
+    settings, store = _settings(repeats=1), tmp_path / "trials.jsonl"
+    parts: tuple[list[float | None], ...] = ([0.0, 0.4, 0.3, 0.2, 0.0, 0.0], [0.0, 0.1], [0.0])
+    seen = []
+    for turn, own in enumerate(parts):
+        results = _run(target, (Disturbed(methods[0], own),), store, settings, resume=turn > 0)
+        assert not own
+        seen.append([trial.stolen for trial in results.trials])
+        assert results.gates[0].checked == (6, 5, 4)[turn]
+    assert seen == [[0.3, 0.0, 0.0], [0.1, 0.0, 0.0], [0.1, 0.0, 0.0]]
+
+
 def test_every_method_is_measured_judged_and_summed_up(target: Any, methods: tuple[Method, ...], tmp_path: Path) -> None:
     results = _run(target, methods, tmp_path / "trials.jsonl", _settings())
     names = {HF, ASSISTED, LOOKUP, PLAIN, DRAFT, SUFFIX}
