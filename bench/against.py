@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 import specdec
 from specdec.bench.compare import MARGIN, Verdict, verdict_of
 from specdec.bench.margin import explain, first_difference
-from specdec.bench.measuring import DISTURBED, stolen_between, ticks
+from specdec.bench.measuring import disturbed_by, stolen_between, ticks
 from specdec.bench.records import Interval
 from specdec.bench.statistics import FEWEST_ITEMS, paired
 from specdec.errors import SpecDecError
@@ -268,7 +268,7 @@ def _judged(method: str, pairs: Sequence[Pair], plan: Plan, gate: _Gate, margin:
 
 def _undisturbed(pairs: list[Pair]) -> list[Pair]:
     """Without those that others of the host disturbed; with them where too few are left to judge by."""
-    calm = [pair for pair in pairs if pair.stolen <= DISTURBED]
+    calm = [pair for pair in pairs if not disturbed_by(pair.stolen)]
     return calm if len(calm) >= max(FEWEST_ITEMS, _CALM * len(pairs)) else pairs
 
 

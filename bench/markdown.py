@@ -158,4 +158,8 @@ def stolen(results: Results) -> str:
     parts = [trial.stolen for trial in results.trials if trial.stolen is not None]
     if not parts:
         return "an unknown part of the time"
-    return f"{median(parts):.0%} of the processor time of the median call and {max(parts):.0%} of the worst"
+    told = f"{median(parts):.0%} of the processor time of the median call and {max(parts):.0%} of the worst"
+    asked = len({(t.batch, t.temperature, t.item) for t in results.trials})
+    counted = {(row.batch, row.temperature): row.prompts // row.batch for row in results.rows if row.scope == ALL}
+    left_out = asked - sum(counted.values())
+    return f"{told}; {left_out} of {asked} items, which it disturbed, do not count" if left_out else told

@@ -15,7 +15,7 @@ import torch
 from specdec.bench.energy import Meter
 
 # A call that lost a larger part of its processor time to other guests of the host is disturbed.
-DISTURBED = 0.1
+_DISTURBED = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,11 @@ def measured(run: Callable[[], Any], device: torch.device, meter: Meter | None =
     stolen = stolen_between(wanted, ticks())
     energy = meter.joules() - before if meter is not None else None
     return Measured(out, seconds, torch.cuda.max_memory_allocated(device) / 2**20 if on_gpu else _peak_mib(), energy, stolen)
+
+
+def disturbed_by(stolen: float | None) -> bool:
+    """Whether others took so much of a call that its time says little."""
+    return stolen is not None and stolen > _DISTURBED
 
 
 def ticks() -> tuple[int, int] | None:

@@ -11,11 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from specdec.bench.measuring import disturbed_by
 from specdec.bench.records import ALL, HF, PLAIN, Gate, Interval, Row, Settings, Trial
 
 _DRAWS = 2000
 # Part of the items that is left out at each end of a paired difference, so that a pause of the machine does not decide.
 _TRIM = 0.1
+# Items that were not disturbed count alone where a task has so many of them, and half of its own.
+_FEWEST_CALM = 10
 # Fewer items than these give no verdict.
 FEWEST_ITEMS = 5
 
@@ -45,13 +48,14 @@ def middle(trials: Sequence[Trial]) -> list[Trial]:
 def summarise(trials: Sequence[Trial], gates: Sequence[Gate], settings: Settings) -> tuple[Row, ...]:
     """Rows of the methods that their gates let through: over all prompts, by task, and by the trained length where it is known.
 
-    In each cell only items count that every one of these methods has, so that an unfinished run is compared fairly.
+    In each cell only items count that every one of these methods has, so that an unfinished run is compared fairly; and of a task
+    only those that other guests of the host left alone, where these are enough: at least 10 and half of the task's.
     """
     passed = {(gate.method, gate.batch, gate.temperature) for gate in gates if gate.counts}
     counted = middle([t for t in trials if (t.method, t.batch, t.temperature) in passed])
     rows: list[Row] = []
     for cell in dict.fromkeys((t.batch, t.temperature) for t in counted):
-        own = _shared([t for t in counted if (t.batch, t.temperature) == cell])
+        own = _calm(_shared([t for t in counted if (t.batch, t.temperature) == cell]))
         for scope, name, inside in _scopes(own, settings):
             rows += _rows_of(scope, name, [t for t in own if inside(t)], settings.seed)
     return tuple(rows)
@@ -61,6 +65,16 @@ def _shared(trials: Sequence[Trial]) -> list[Trial]:
     methods = {t.method for t in trials}
     have = {item: {t.method for t in trials if t.item == item} for item in {t.item for t in trials}}
     return [t for t in trials if have[t.item] == methods]
+
+
+def _calm(trials: Sequence[Trial]) -> list[Trial]:
+    disturbed = {t.item for t in trials if disturbed_by(t.stolen)}
+    items: dict[str, set[int]] = {}
+    for trial in trials:
+        items.setdefault(trial.task, set()).add(trial.item)
+    left = {task: own - disturbed for task, own in items.items()}
+    counted = {task: left[task] if len(left[task]) >= max(_FEWEST_CALM, len(own) / 2) else own for task, own in items.items()}
+    return [t for t in trials if t.item in counted[t.task]]
 
 
 def _scopes(trials: Sequence[Trial], settings: Settings) -> list[tuple[str, str, Callable[[Trial], bool]]]:

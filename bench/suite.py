@@ -20,7 +20,7 @@ from rich.progress import Progress
 import specdec
 from specdec.bench.machine import machine
 from specdec.bench.margin import explain, first_difference
-from specdec.bench.measuring import DISTURBED
+from specdec.bench.measuring import disturbed_by
 from specdec.bench.methods import Answer, Ask, Method
 from specdec.bench.records import HF, PLAIN, Gate, Machine, MethodInfo, Results, Settings, Status, Trial, from_json
 from specdec.bench.statistics import Cell, summarise, sums
@@ -247,7 +247,7 @@ class _Run:
         others: list[tuple[str, Tokens]] = []
         for name in rotation(self._active(cell), turn):
             trial, tokens = done.get((name, *cell, item.number, repeat), (None, ()))
-            if trial is not None and not _disturbed(trial.stolen):
+            if trial is not None and not disturbed_by(trial.stolen):
                 outputs[name] = tokens
                 continue
             others += [(name, tokens)] if trial is not None else []
@@ -267,7 +267,7 @@ class _Run:
     def _timed(self, name: str, cell: Cell, item: Item) -> list[Answer]:
         """A call, and once more if it was disturbed; the one that lost less to others is first, whichever was faster."""
         answers = [self._asked(name, cell, item)]
-        if _disturbed(answers[0].stolen):
+        if disturbed_by(answers[0].stolen):
             answers.append(self._asked(name, cell, item))
         return sorted(answers, key=lambda answer: answer.stolen or 0.0)
 
@@ -294,10 +294,6 @@ class _Run:
         tally = self.judge.tally(name, cell)
         note = "differs only where rounding explains it" if tally.status == "within" else tally.note
         return Gate(name, *cell, tally.status, tally.checked, tally.exact, tally.within, tally.refused or note)
-
-
-def _disturbed(stolen: float | None) -> bool:
-    return stolen is not None and stolen > DISTURBED
 
 
 def _key(trial: Trial) -> tuple[Any, ...]:

@@ -195,7 +195,7 @@ def test_two_processes_load_two_checkouts_and_a_planted_slowdown_is_found(tmp_pa
     (copy / "specdec").mkdir()
     for path in (ROOT / "specdec").iterdir():
         (copy / "specdec" / path.name).symlink_to(path)
-    plan = Plan(PLAN.target, {"draft model": "bundled:draft"}, PROMPTS[:2], new=8, seconds=2.0, starts=1, dtype="float32")
+    plan = Plan(PLAN.target, {"draft model": "bundled:draft"}, PROMPTS[:3], new=8, seconds=2.0, starts=1, dtype="float32")
     (found,) = run_against(Side("this", ROOT), Side("copy", copy, slow=0.8), plan)
     assert found.verdict == "slower"
     assert found.ratio is not None

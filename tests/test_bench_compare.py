@@ -13,6 +13,7 @@ from scipy import stats
 
 from specdec.bench.advise import advise
 from specdec.bench.compare import compare
+from specdec.bench.markdown import stolen
 from specdec.bench.records import HF, PLAIN, Gate, Machine, MethodInfo, Results, Settings, Trial, Workload
 from specdec.bench.statistics import bootstrap, log_ratios, paired, summarise, t_quantile
 from specdec.errors import SpecDecError
@@ -62,6 +63,17 @@ def _simulated(seed: int, slower: Mapping[str, float] | None = None, items: int 
                 trials.append(_trial(method, item, seconds * (slower or {}).get(method, 1.0), repeat=repeat))
     empty = _results([])
     return replace(empty, trials=tuple(trials), methods=_results([_trial(m, 0, 1.0) for m in SPEEDS]).methods)
+
+
+@pytest.mark.parametrize(("disturbed", "counted"), [(0, 24), (10, 14), (13, 24)], ids=["none", "some", "most"])
+def test_items_that_others_disturbed_do_not_count_while_enough_are_left(disturbed: int, counted: int) -> None:
+    trials = [_trial(method, item, 1.0, stolen=0.0) for item in range(24) for method in (HF, PLAIN)]
+    for item in range(disturbed):
+        trials[2 * item] = replace(trials[2 * item], seconds=60.0, stolen=0.6)
+    found = _results(trials)
+    assert {row.prompts for row in found.rows} == {counted}
+    assert (found.row(PLAIN, 1, 0.0).vs_generate.value == 1.0) == (disturbed != 13)  # type: ignore[union-attr]
+    assert (f"{disturbed} of 24 items" in stolen(found)) == (disturbed == 10)
 
 
 @pytest.mark.slow
