@@ -36,7 +36,9 @@ from specdec.errors import SpecDecError
 # What one start of the program gains or loses on another, as a deviation of the log of their ratio.
 _STARTS = 0.008
 # Pairs that others of the host did not disturb are judged alone where they are at least such a part of all.
-_CALM = 0.25
+_CALM = 0.1
+# A comparison that others disturb goes on until it has its seconds without them, but no longer than so many times these.
+_LONGEST = 5.0
 # A part of the pairs that is left out at each end.
 TRIM = 0.2
 _WORKER = Path(__file__).with_name("against_worker.py")
@@ -55,7 +57,8 @@ class Side:
 class Plan:
     """What both sides do. methods: name to a drafter's name or path, "bundled:ROLE", or None for plain decoding.
 
-    prompts: token ids.  new: tokens of a piece.  seconds: of measuring, starts apart.  starts: how often both are started.
+    prompts: token ids.  new: tokens of a piece.  seconds: of pieces that others of the host did not disturb, starts apart.
+    starts: how often both are started.
     """
 
     target: str
@@ -203,11 +206,14 @@ def _workers(before: Side, after: Side, plan: Plan) -> Iterator[tuple[Worker, Wo
 
 
 def _measured(workers: tuple[Worker, Worker], plan: Plan, start: int, gate: _Gate, advance: Callable[[float], None]) -> list[Pair]:
-    """Pairs until this start's share of the time is over: each piece both ways round, in an order that no pause can follow."""
+    """Pairs until this start's share of the time is over: each piece both ways round, in an order that no pause can follow.
+
+    Only the time of undisturbed pairs counts, while that gets on.
+    """
     order = random.Random(start)
     pieces = [(method, number) for method in plan.methods for number in range(len(plan.prompts))]
     found: list[Pair] = []
-    began, share = monotonic(), plan.seconds / plan.starts
+    calm, began, share = 0.0, monotonic(), plan.seconds / plan.starts
     while True:
         order.shuffle(pieces)
         for method, number in pieces:
@@ -217,7 +223,8 @@ def _measured(workers: tuple[Worker, Worker], plan: Plan, start: int, gate: _Gat
                 gate.check(method, number, before.tokens, after.tokens)
                 stolen = max(before.stolen, after.stolen)
                 found.append(Pair(method, number, start, before.seconds, after.seconds, stolen))
-            passed = min(1.0, (monotonic() - began) / share)
+                calm += 0.0 if disturbed_by(stolen) else before.seconds + after.seconds
+            passed = min(1.0, max(calm, (monotonic() - began) / _LONGEST) / share)
             advance((start + passed) / plan.starts)
             if passed == 1 and len(found) >= 2 * len(pieces):
                 return found

@@ -39,6 +39,7 @@ class Simulated:
     clock = 0.0
     pace = 0.0
     wrong = False
+    stolen = 0.0
     random = np.random.default_rng(0)
 
     def __init__(self, side: Side, plan: Plan) -> None:
@@ -53,9 +54,11 @@ class Simulated:
         own.pace = 0.95 * own.pace + self.random.normal(0, PACE / 3)
         seconds = 0.15 * self.luck * (1 + self.side.slow) * math.exp(own.pace + self.random.normal(0, PIECE))
         seconds *= 2.0 if self.random.random() < PAUSES else 1.0
+        stolen = 0.5 if self.random.random() < own.stolen else 0.0
+        seconds *= self.random.uniform(1, 6) if stolen else 1.0
         own.clock += seconds
         first = 1 if own.wrong and self.side.name == "after" else 0
-        return Piece((first, *range(1, new)), seconds)
+        return Piece((first, *range(1, new)), seconds, stolen)
 
 
 @pytest.fixture
@@ -79,6 +82,18 @@ def test_the_same_program_is_no_difference_and_five_percent_are_found_on_a_noisy
     assert same.count("no difference") >= 19
     slower = [whole([own.verdict for own in _compared(0.05)]) for _ in range(20)]
     assert slower.count("slower") >= 18
+
+
+def test_on_a_host_that_others_take_half_of_a_comparison_goes_on_until_it_has_its_seconds(simulated: type[Simulated]) -> None:
+    simulated.stolen = 0.3
+    same = [whole([own.verdict for own in _compared(0.0)]) for _ in range(20)]
+    assert same.count("no difference") >= 19
+    slower = [whole([own.verdict for own in _compared(0.05)]) for _ in range(20)]
+    assert slower.count("slower") >= 18
+    # Nothing is undisturbed: it ends all the same.
+    simulated.stolen, began = 1.0, simulated.clock
+    _compared(0.0)
+    assert 300 <= simulated.clock - began < 400
 
 
 @pytest.mark.usefixtures("simulated")

@@ -13,7 +13,6 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from specdec.bench import measuring
 from specdec.bench.markdown import markdown
 from specdec.bench.methods import ASSISTED, LOOKUP, Answer, Ask, Method, NamedDrafter, Selection, make_methods
 from specdec.bench.records import ALL, HF, PLAIN, MethodInfo, Results, Settings, read_results, write_results
@@ -36,12 +35,6 @@ def _asked(count: int = 3) -> Prompts:
 
 def _settings(**changed: Any) -> Settings:
     return replace(Settings("tiny", "float32", (1,), (0.0,), NEW, 2, 0), **changed)
-
-
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls are counted here, so none is made again because this machine is shared."""
-    monkeypatch.setattr(measuring, "ticks", lambda: None)
 
 
 @pytest.fixture(scope="module")
