@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory, TemporaryFile
 from time import monotonic
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -36,12 +36,16 @@ from specdec.errors import SpecDecError
 # What one start of the program gains or loses on another, as a deviation of the log of their ratio.
 _STARTS = 0.008
 # Pairs that others of the host did not disturb are judged alone where they are at least such a part of all.
-_CALM = 0.1
-# A comparison that others disturb goes on until it has its seconds without them, but no longer than so many times these.
+_CALM = 0.9
+# A comparison that others disturb goes on until it had the processor for its seconds, but no longer than so many times these.
 _LONGEST = 5.0
 # A part of the pairs that is left out at each end.
 TRIM = 0.2
+# Of the intervals: a comparison may go on until it can tell, so a difference that is none need not be found once in twenty times.
+_LEVEL = 0.99
 _WORKER = Path(__file__).with_name("against_worker.py")
+
+Clock = Literal["wall", "processor"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +61,8 @@ class Side:
 class Plan:
     """What both sides do. methods: name to a drafter's name or path, "bundled:ROLE", or None for plain decoding.
 
-    prompts: token ids.  new: tokens of a piece.  seconds: of pieces that others of the host did not disturb, starts apart.
-    starts: how often both are started.
+    prompts: token ids.  new: tokens of a piece.  seconds: of measuring, starts apart, without what the host gave to
+    others.  starts: how often both are started.
     """
 
     target: str
@@ -73,32 +77,36 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
-    """The times of one piece on both sides. start: which start of the processes it is of.  stolen: see `Trial`, the larger one."""
+class Piece:
+    """What a side said, and in how many seconds. busy: those in which its thread had a processor.  stolen: see `Trial`."""
 
-    method: str
-    prompt: int
-    start: int
-    before_s: float
-    after_s: float
+    tokens: tuple[int, ...]
+    seconds: float
+    busy: float
     stolen: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """What a side said, in how many seconds, and what of its processor time others took."""
+class Pair:
+    """One piece on both sides. start: which start of the processes it is of."""
 
-    tokens: tuple[int, ...]
-    seconds: float
-    stolen: float = 0.0
+    method: str
+    start: int
+    before: Piece
+    after: Piece
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether others took much of either."""
+        return disturbed_by(max(self.before.stolen, self.after.stolen))
 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
     """A method's verdict. before, after: tokens a second, medians.  ratio: after over before, None with too few pairs.
 
-    pairs: those that were judged; disturbed ones are not, unless nearly all are.
-
+    pairs: those that were judged; disturbed ones are not, unless nearly all are.  clock: what the times are of; on a host that
+    gives much to others only "processor" says something, which does not see where a program waits.
     reason: of a refusal, where outputs differ; there is no ratio then.
     """
 
@@ -109,6 +117,7 @@ class Judged:
     after: float
     ratio: Interval | None = None
     resolution: float | None = None
+    clock: Clock = "wall"
     reason: str = ""
 
 
@@ -134,7 +143,8 @@ class Worker:
         wanted = ticks()
         self._say({"method": method, "prompt": list(prompt), "new": new})
         answer = self._hear()
-        return Piece(tuple(answer["tokens"]), float(answer["seconds"]), stolen_between(wanted, ticks()) or 0.0)
+        stolen = stolen_between(wanted, ticks()) or 0.0
+        return Piece(tuple(answer["tokens"]), float(answer["seconds"]), float(answer["busy"]), stolen)
 
     def close(self) -> None:
         """End the process."""
@@ -208,23 +218,22 @@ def _workers(before: Side, after: Side, plan: Plan) -> Iterator[tuple[Worker, Wo
 def _measured(workers: tuple[Worker, Worker], plan: Plan, start: int, gate: _Gate, advance: Callable[[float], None]) -> list[Pair]:
     """Pairs until this start's share of the time is over: each piece both ways round, in an order that no pause can follow.
 
-    Only the time of undisturbed pairs counts, while that gets on.
+    Of a disturbed pair only the time counts in which it had a processor.
     """
     order = random.Random(start)
     pieces = [(method, number) for method in plan.methods for number in range(len(plan.prompts))]
     found: list[Pair] = []
-    calm, began, share = 0.0, monotonic(), plan.seconds / plan.starts
+    worked, began, share = 0.0, monotonic(), plan.seconds / plan.starts
     while True:
         order.shuffle(pieces)
         for method, number in pieces:
             for turn in ((0, 1), (1, 0)):
                 answers = {side: workers[side].decode(method, plan.prompts[number], plan.new) for side in turn}
-                before, after = answers[0], answers[1]
-                gate.check(method, number, before.tokens, after.tokens)
-                stolen = max(before.stolen, after.stolen)
-                found.append(Pair(method, number, start, before.seconds, after.seconds, stolen))
-                calm += 0.0 if disturbed_by(stolen) else before.seconds + after.seconds
-            passed = min(1.0, max(calm, (monotonic() - began) / _LONGEST) / share)
+                pair = Pair(method, start, answers[0], answers[1])
+                gate.check(method, number, pair.before.tokens, pair.after.tokens)
+                found.append(pair)
+                worked += sum(p.busy if pair.disturbed else p.seconds for p in (pair.before, pair.after))
+            passed = min(1.0, max(worked, (monotonic() - began) / _LONGEST) / share)
             advance((start + passed) / plan.starts)
             if passed == 1 and len(found) >= 2 * len(pieces):
                 return found
@@ -262,21 +271,24 @@ class _Gate:
 
 
 def _judged(method: str, pairs: Sequence[Pair], plan: Plan, gate: _Gate, margin: float) -> Judged:
-    own = _undisturbed([pair for pair in pairs if pair.method == method])
-    before, after = (plan.new / median(getattr(pair, name) for pair in own) for name in ("before_s", "after_s"))
+    own, clock = _counted([pair for pair in pairs if pair.method == method], plan.threads)
+    times = [tuple(p.seconds if clock == "wall" else p.busy for p in (pair.before, pair.after)) for pair in own]
+    before, after = (plan.new / median(side) for side in zip(*times, strict=True))
     if method in gate.reasons:
         return Judged(method, len(own), "outputs differ", before, after, reason=gate.reasons[method])
     if len(own) < FEWEST_ITEMS:
-        return Judged(method, len(own), "too few prompts", before, after)
-    logs = [math.log(pair.before_s / pair.after_s) for pair in own]
-    found = paired(logs, len(plan.methods), _STARTS / math.sqrt(plan.starts), TRIM)
-    return Judged(method, len(own), verdict_of(found.ratio, margin), before, after, found.ratio, found.resolution)
+        return Judged(method, len(own), "too few prompts", before, after, clock=clock)
+    logs = [math.log(before_s / after_s) for before_s, after_s in times]
+    found = paired(logs, len(plan.methods), _STARTS / math.sqrt(plan.starts), TRIM, _LEVEL)
+    return Judged(method, len(own), verdict_of(found.ratio, margin), before, after, found.ratio, found.resolution, clock)
 
 
-def _undisturbed(pairs: list[Pair]) -> list[Pair]:
-    """Without those that others of the host disturbed; with them where too few are left to judge by."""
-    calm = [pair for pair in pairs if not disturbed_by(pair.stolen)]
-    return calm if len(calm) >= max(FEWEST_ITEMS, _CALM * len(pairs)) else pairs
+def _counted(pairs: list[Pair], threads: int) -> tuple[list[Pair], Clock]:
+    """The pairs that others of the host did not disturb; where these are too few, all, by the time of the one thread that works."""
+    calm = [pair for pair in pairs if not pair.disturbed]
+    if len(calm) >= max(FEWEST_ITEMS, _CALM * len(pairs)):
+        return calm, "wall"
+    return pairs, "processor" if threads == 1 else "wall"
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from time import perf_counter, sleep
+from time import perf_counter, thread_time
 from typing import Any
 
 
@@ -55,10 +55,10 @@ def _served(setup: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]
     target = AutoModelForCausalLM.from_pretrained(setup["target"], dtype=setup["dtype"] or "auto").eval()
     target.generation_config.eos_token_id, target.generation_config.pad_token_id = None, 0
     generators = {name: _generator(target, source, setup["planner"]) for name, source in setup["methods"].items()}
-    naps = _Naps(setup["slow"])
+    ballast = _Ballast(setup["slow"])
     if setup["slow"]:
         for generator in generators.values():
-            generator.engine.planner = _Slowed(generator.engine.planner, naps)
+            generator.engine.planner = _Slowed(generator.engine.planner, ballast)
 
     # As `timing.set_loaded_aside`, which an older checkout may lack.
     gc.collect()
@@ -67,11 +67,11 @@ def _served(setup: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]
     def run(call: dict[str, Any]) -> dict[str, Any]:
         ids = torch.tensor([call["prompt"]])
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": call["new"]}
-        began = perf_counter()
+        began, busy = perf_counter(), thread_time()
         out = generators[call["method"]].generate(**inputs)
-        naps.rest(perf_counter() - began)
-        seconds = perf_counter() - began
-        return {"tokens": out[0, ids.shape[1] :].tolist(), "seconds": seconds}
+        ballast.rest(thread_time() - busy)
+        times = {"seconds": perf_counter() - began, "busy": thread_time() - busy}
+        return {"tokens": out[0, ids.shape[1] :].tolist(), **times}
 
     return run
 
@@ -86,34 +86,36 @@ def _generator(target: Any, source: str | None, planner: str | None) -> Any:
     return SpeculativeGenerator(target, source, **chosen)
 
 
-class _Naps:
-    """A planted slowdown: sleeps for a part of the time that the work took, and keeps account of it."""
+class _Ballast:
+    """A planted slowdown: keeps the processor busy for a part of the time that the work took of it, and keeps account of it."""
 
     def __init__(self, part: float) -> None:
-        self.part, self.slept = part, 0.0
+        self.part, self.burnt = part, 0.0
 
-    def nap(self, worked: float) -> None:
-        """Sleep for the part of so many seconds."""
-        began = perf_counter()
-        sleep(self.part * worked)
-        self.slept += perf_counter() - began
+    def burn(self, worked: float) -> None:
+        """Work for the part of so many seconds."""
+        began = thread_time()
+        while (passed := thread_time() - began) < self.part * worked:
+            pass
+        self.burnt += passed
 
-    def rest(self, elapsed: float) -> None:
-        """Sleep for what is left of a call that took so long, naps included, and begin the next account."""
-        left = self.part * (elapsed - self.slept) - self.slept
-        self.slept = 0.0
+    def rest(self, worked: float) -> None:
+        """Burn what is left for a call that took so long, ballast included, and begin the next account."""
+        left = self.part * (worked - self.burnt) - self.burnt
+        self.burnt = 0.0
         if left > 0:
-            sleep(left)
+            self.burn(left / self.part)
+            self.burnt = 0.0
 
 
 class _Slowed:
-    """A planner that sleeps at the end of each round, where it does not see that itself."""
+    """A planner that burns time at the end of each round, where it does not see that itself."""
 
-    def __init__(self, inner: Any, naps: _Naps) -> None:
-        self.inner, self.naps, self.post_draw = inner, naps, inner.post_draw
+    def __init__(self, inner: Any, ballast: _Ballast) -> None:
+        self.inner, self.ballast, self.post_draw = inner, ballast, inner.post_draw
 
     def plan(self, load: Any) -> Any:
-        self.began = perf_counter()
+        self.began = thread_time()
         return self.inner.plan(load)
 
     def select(self, draft: Any) -> Any:
@@ -121,7 +123,7 @@ class _Slowed:
 
     def observe(self, stats: Any) -> None:
         self.inner.observe(stats)
-        self.naps.nap(perf_counter() - self.began)
+        self.ballast.burn(thread_time() - self.began)
 
 
 if __name__ == "__main__":

@@ -200,8 +200,10 @@ def log_ratios(trials: Sequence[Trial], method: str, base: str) -> dict[Key, flo
     return {key: median(values) for key, values in found.items()}
 
 
-def paired(differences: Sequence[float], comparisons: int, starts: float = 0.0, trim: float = _TRIM) -> Difference:
-    """The mean of paired log differences as a ratio, with a 95 % interval for all of so many comparisons together.
+def paired(
+    differences: Sequence[float], comparisons: int, starts: float = 0.0, trim: float = _TRIM, level: float = 0.95
+) -> Difference:
+    """The mean of paired log differences as a ratio, with an interval of this level for all of so many comparisons together.
 
     A trimmed mean and its t interval (Tukey and McLaughlin 1963); the level is shared evenly (Bonferroni), so that many methods
     do not find a difference by chance. starts: deviation of what the items of a run have in common, which they cannot tell of.
@@ -215,7 +217,7 @@ def paired(differences: Sequence[float], comparisons: int, starts: float = 0.0, 
     mean, centre = fmean(kept), fmean(winsorised)
     spread = math.sqrt(sum((value - centre) ** 2 for value in winsorised) / (count - 1))
     error = math.hypot(spread / ((len(kept) / count) * math.sqrt(count)), starts)
-    half = t_quantile(1 - 0.025 / comparisons, len(kept) - 1) * error
+    half = t_quantile(1 - (1 - level) / 2 / comparisons, len(kept) - 1) * error
     ratio = Interval(math.exp(mean), math.exp(mean - half), math.exp(mean + half))
     return Difference(ratio, count, math.exp(half + NormalDist().inv_cdf(0.9) * error))
 

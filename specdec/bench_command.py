@@ -225,6 +225,10 @@ def _show_against(reference: str, found: Sequence[Judged], console: Console) -> 
     for own in found:
         if own.reason:
             console.print(f"[bold red]refused[/]: {escape(own.method)}: {escape(own.reason)}", highlight=False)
+    if any(own.clock == "processor" for own in found):
+        console.print(
+            "the host gave much to other guests, so processor time was compared, which does not see waiting", highlight=False
+        )
     console.print(f"verdict: {whole([own.verdict for own in found])}", highlight=False)
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +55,16 @@ class Simulated:
         own.pace = 0.95 * own.pace + self.random.normal(0, PACE / 3)
         seconds = 0.15 * self.luck * (1 + self.side.slow) * math.exp(own.pace + self.random.normal(0, PIECE))
         seconds *= 2.0 if self.random.random() < PAUSES else 1.0
-        stolen = 0.5 if self.random.random() < own.stolen else 0.0
+        stolen, busy = 0.5 if self.random.random() < own.stolen else 0.0, seconds
         seconds *= self.random.uniform(1, 6) if stolen else 1.0
         own.clock += seconds
         first = 1 if own.wrong and self.side.name == "after" else 0
-        return Piece((first, *range(1, new)), seconds, stolen)
+        return Piece((first, *range(1, new)), seconds, busy, stolen)
 
 
 @pytest.fixture
 def simulated(monkeypatch: pytest.MonkeyPatch) -> type[Simulated]:
-    """Sixty seconds of the comparison pass in a moment."""
+    """Two minutes of the comparison pass in a moment."""
     own = type("Own", (Simulated,), {"random": np.random.default_rng(1)})
     monkeypatch.setattr(against, "Worker", own)
     monkeypatch.setattr(against, "monotonic", lambda: own.clock)  # type: ignore[attr-defined]
@@ -72,7 +73,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> type[Simulated]:
 
 def _compared(slow: float, **changed: Any) -> tuple[Judged, ...]:
     methods = {"plain": None, "draft model": "bundled:draft"}
-    plan = Plan("nowhere", methods, PROMPTS, new=8, seconds=60.0, dtype="float32", **changed)
+    plan = Plan("nowhere", methods, PROMPTS, new=8, seconds=120.0, dtype="float32", **changed)
     return run_against(Side("before", ROOT), Side("after", ROOT, slow), plan)
 
 
@@ -84,16 +85,26 @@ def test_the_same_program_is_no_difference_and_five_percent_are_found_on_a_noisy
     assert slower.count("slower") >= 18
 
 
-def test_on_a_host_that_others_take_half_of_a_comparison_goes_on_until_it_has_its_seconds(simulated: type[Simulated]) -> None:
-    simulated.stolen = 0.3
+@pytest.mark.parametrize(("stolen", "clock"), [(0.03, "wall"), (0.3, "processor"), (0.95, "processor")])
+def test_a_host_that_gives_much_to_others_changes_no_verdict(simulated: type[Simulated], stolen: float, clock: str) -> None:
+    simulated.stolen = stolen
+    assert _compared(0.0)[0].clock == clock
     same = [whole([own.verdict for own in _compared(0.0)]) for _ in range(20)]
     assert same.count("no difference") >= 19
     slower = [whole([own.verdict for own in _compared(0.05)]) for _ in range(20)]
     assert slower.count("slower") >= 18
-    # Nothing is undisturbed: it ends all the same.
-    simulated.stolen, began = 1.0, simulated.clock
+
+
+def test_a_comparison_ends_when_the_host_gives_next_to_nothing(simulated: type[Simulated], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Starved(simulated):  # type: ignore[valid-type,misc]
+        def decode(self, method: str, prompt: Any, new: int) -> Piece:
+            return replace(super().decode(method, prompt, new), busy=0.001)
+
+    simulated.stolen = 1.0
+    monkeypatch.setattr(against, "Worker", Starved)
+    monkeypatch.setattr(against, "monotonic", lambda: Starved.clock)  # type: ignore[attr-defined]
     _compared(0.0)
-    assert 300 <= simulated.clock - began < 400
+    assert 600 <= Starved.clock < 700
 
 
 @pytest.mark.usefixtures("simulated")
@@ -124,22 +135,32 @@ def test_other_outputs_are_refused_and_the_ratio_with_them(simulated: type[Simul
 
 def test_a_piece_that_stalls_on_one_side_does_not_decide() -> None:
     random = np.random.default_rng(0)
-    pairs = [Pair("plain", 0, 0, *np.exp(random.normal(0, 0.02, 2))) for _ in range(60)]
+    pairs = [_pair(*np.exp(random.normal(0, 0.02, 2))) for _ in range(60)]
     for i in range(8):
-        pairs[7 * i] = Pair("plain", 0, 0, 0.9, 150.0)
+        pairs[7 * i] = _pair(0.9, 150.0)
     gate = against._Gate(PLAN)
     assert against._judged("plain", pairs, PLAN, gate, 0.02).verdict == "no difference"
     assert against._judged("plain", pairs[:4], PLAN, gate, 0.02).verdict == "too few prompts"
 
 
-@pytest.mark.parametrize("disturbed", [30, 59])
-def test_pieces_that_others_disturbed_do_not_count_while_enough_are_left(disturbed: int) -> None:
+@pytest.mark.parametrize(
+    ("disturbed", "threads", "verdict", "counted"),
+    [(6, 1, "no difference", 54), (59, 1, "no difference", 60), (59, 2, "slower", 60)],
+)
+def test_pieces_that_others_disturbed_count_by_processor_time_or_not(
+    disturbed: int, threads: int, verdict: str, counted: int
+) -> None:
     random = np.random.default_rng(0)
-    pairs = [Pair("plain", 0, 0, *np.exp(random.normal(0, 0.02, 2))) for _ in range(60)]
+    pairs = [_pair(*np.exp(random.normal(0, 0.02, 2))) for _ in range(60)]
     for i in range(disturbed):
-        pairs[i] = Pair("plain", 0, 0, 1.0, 1.3, stolen=0.4)
-    found = against._judged("plain", pairs, PLAN, against._Gate(PLAN), 0.02)
-    assert (found.verdict, found.pairs) == (("no difference", 30) if disturbed == 30 else ("slower", 60))
+        pairs[i] = _pair(1.0, 1.3, stolen=0.4)
+    found = against._judged("plain", pairs, replace(PLAN, threads=threads), against._Gate(PLAN), 0.02)
+    assert (found.verdict, found.pairs) == (verdict, counted)
+
+
+def _pair(before_s: float, after_s: float, stolen: float = 0.0) -> Pair:
+    """The same work on both sides, in times that differ."""
+    return Pair("plain", 0, Piece((1,), before_s, 1.0, stolen), Piece((1,), after_s, 1.0, stolen))
 
 
 def _git(folder: Path, *arguments: str) -> str:
