@@ -35,18 +35,38 @@ def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
     return next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
 
 
-@torch.no_grad()
 def explain(model: PreTrainedModel, prompt: Sequence[int], ours: Sequence[int], theirs: Sequence[int]) -> Divergence | None:
     """The first divergence of two continuations of a prompt, None where there is none."""
-    place = first_difference(ours, theirs)
-    if place is None:
-        return None
-    text = torch.tensor([[*prompt, *theirs]], device=model.device)
-    single = _one_row_logits(model, text, len(prompt))
-    many = model(text).logits[0, len(prompt) - 1 :].float()
-    noise = 2 * float((single - many).abs().flatten().quantile(0.999))
-    pair = single[place][[ours[place], theirs[place]]]
-    return Divergence(place, float((pair[0] - pair[1]).abs()), noise)
+    return Margins(model).explain(prompt, ours, theirs)
+
+
+class Margins:
+    """Explains differences between a model's outputs as `explain` does, for less where several are compared with one text."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        # Of the text measured last: a forward for each of its tokens is most of the work, and its logits are large.
+        self._last: tuple[Sequence[int], Sequence[int], torch.Tensor, float] | None = None
+
+    def explain(self, prompt: Sequence[int], ours: Sequence[int], theirs: Sequence[int]) -> Divergence | None:
+        """The first divergence of two continuations of a prompt, None where there is none."""
+        place = first_difference(ours, theirs)
+        if place is None:
+            return None
+        if self._last is None or self._last[:2] != (prompt, theirs):
+            self._last = (prompt, theirs, *_rounding(self._model, prompt, theirs))
+        _, _, single, noise = self._last
+        pair = single[place][[ours[place], theirs[place]]]
+        return Divergence(place, float((pair[0] - pair[1]).abs()), noise)
+
+
+@torch.no_grad()
+def _rounding(model: PreTrainedModel, prompt: Sequence[int], text: Sequence[int]) -> tuple[torch.Tensor, float]:
+    """[T, V] fp32 logits of the one-row path over a continuation, and `Divergence.noise`."""
+    whole = torch.tensor([[*prompt, *text]], device=model.device)
+    single = _one_row_logits(model, whole, len(prompt))
+    many = model(whole).logits[0, len(prompt) - 1 :].float()
+    return single, 2 * float((single - many).abs().flatten().quantile(0.999))
 
 
 def _one_row_logits(model: PreTrainedModel, text: torch.Tensor, start: int) -> torch.Tensor:

@@ -19,7 +19,7 @@ from rich.progress import Progress
 
 import specdec
 from specdec.bench.machine import machine
-from specdec.bench.margin import explain, first_difference
+from specdec.bench.margin import Divergence, Margins, first_difference
 from specdec.bench.measuring import disturbed_by
 from specdec.bench.methods import Answer, Ask, Method
 from specdec.bench.records import HF, PLAIN, Gate, Machine, MethodInfo, Results, Settings, Status, Trial, from_json
@@ -83,12 +83,13 @@ def _header(methods: Sequence[Method], prompts: Prompts, settings: Settings, mac
 
 
 class Store:
-    """Trials and their outputs in a JSONL file; its first line says what run they are of."""
+    """Trials, their outputs and why these differ, in a JSONL file; its first line says what run they are of."""
 
     def __init__(self, path: Path, header: dict[str, Any], *, resume: bool) -> None:
         """Raises SpecDecError for a file that is there without resume, or is of another run."""
         self.path = path
         self.kept: list[tuple[Trial, Tokens]] = []
+        self._explained: dict[str, Divergence | None] = {}
         if path.exists() and not resume:
             raise SpecDecError(f"{path} holds a run already; go on with it by --resume, or name another --output")
         if path.exists() and path.stat().st_size:
@@ -99,8 +100,19 @@ class Store:
     def add(self, trial: Trial, tokens: Tokens) -> None:
         """Keep a trial; it is on disk when this returns."""
         self.kept.append((trial, tokens))
+        self._write({"trial": asdict(trial), "tokens": tokens})
+
+    def explained(self, margins: Margins, prompt: Sequence[int], ours: Sequence[int], theirs: Sequence[int]) -> Divergence | None:
+        """What `Margins.explain` says; that of an earlier part of the run is kept, for it takes as long as the call did."""
+        key = hashlib.sha256(json.dumps([prompt, ours, theirs]).encode()).hexdigest()[:32]
+        if key not in self._explained:
+            found = self._explained[key] = margins.explain(prompt, ours, theirs)
+            self._write({"explained": key, "divergence": None if found is None else asdict(found)})
+        return self._explained[key]
+
+    def _write(self, entry: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"trial": asdict(trial), "tokens": tokens}) + "\n")
+            file.write(json.dumps(entry) + "\n")
 
     def _read(self, header: dict[str, Any]) -> None:
         text = self.path.read_text(encoding="utf-8")
@@ -111,8 +123,11 @@ class Store:
         if differs:
             raise SpecDecError(f"{self.path} is of another run: {', '.join(differs)} differ; name another --output")
         for number, line in enumerate(lines, 2):
-            entry = _parsed(line, self.path, number)
-            trial = from_json(Trial, entry.get("trial"), f"{self.path}, line {number}")
+            entry, where = _parsed(line, self.path, number), f"{self.path}, line {number}"
+            if "explained" in entry:
+                self._explained[entry["explained"]] = from_json(Divergence | None, entry.get("divergence"), where)
+                continue
+            trial = from_json(Trial, entry.get("trial"), where)
             self.kept.append((trial, tuple(map(tuple, entry.get("tokens", ())))))
         if torn:
             # The line that an interruption cut short was of a call that is measured again.
@@ -157,8 +172,8 @@ def _speculates(info: MethodInfo) -> bool:
 class _Judge:
     """Compares outputs: plain decoding and other runtimes with `model.generate`, drafters with plain decoding."""
 
-    def __init__(self, target: Any, infos: Sequence[MethodInfo]) -> None:
-        self._target, self._infos = target, {info.name: info for info in infos}
+    def __init__(self, target: Any, infos: Sequence[MethodInfo], store: Store) -> None:
+        self._margins, self._store, self._infos = Margins(target), store, {info.name: info for info in infos}
         self._half = target.dtype in (torch.bfloat16, torch.float16)
         self._references: dict[tuple[Cell, int, str], Tokens] = {}
         self.tallies: dict[tuple[str, Cell], _Tally] = {}
@@ -199,7 +214,7 @@ class _Judge:
             if ours == theirs:
                 exact += 1
                 continue
-            found = explain(self._target, prompt.ids, ours, theirs) if excusable else None
+            found = self._store.explained(self._margins, prompt.ids, ours, theirs) if excusable else None
             if found is not None and found.within:
                 within += 1
                 continue
@@ -219,7 +234,7 @@ class _Run:
         self.prompts, self.settings, self.store = prompts, settings, store
         self.cells = [(batch, temperature) for batch in settings.batches for temperature in settings.temperatures]
         self.items = {batch: items(prompts.prompts, batch) for batch in settings.batches}
-        self.judge = _Judge(target, [method.info for method in methods])
+        self.judge = _Judge(target, [method.info for method in methods], store)
         self.turns = settings.repeats * sum(len(self.items[batch]) for batch, _ in self.cells)
 
     def open(self, advance: Callable[[], None]) -> None:

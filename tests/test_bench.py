@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from specdec.bench import cross_vocabulary, machine, speed
 from specdec.bench.gpu_store import describe
-from specdec.bench.margin import explain, first_difference
+from specdec.bench.margin import Margins, explain, first_difference
 from specdec.bench.suite import this_machine
 from specdec.bench.timing import Sample, loaded_aside, medians, ratio_interval, rotation
 from specdec.bundled import bundled_path
@@ -67,6 +67,21 @@ def test_a_wrong_token_is_beyond_the_margin_and_equal_texts_need_none() -> None:
     assert found.place == 5
     assert not found.within
     assert found.noise < 1e-2 * found.gap
+
+
+def test_a_texts_rounding_is_measured_once_for_all_that_is_compared_with_it() -> None:
+    model, forwards = tiny_model(), []
+    model.register_forward_hook(lambda *_: forwards.append(1))
+    margins, (prompt, other) = Margins(model), prompts((9, 7))  # type: ignore[arg-type]
+    text = [5, 6, 7, 8]
+    for wrong, place in (([5, 6, 9, 8], 2), ([4, 6, 7, 8], 0)):
+        found = margins.explain(prompt, wrong, text)
+        assert found == explain(tiny_model(), prompt, wrong, text)  # type: ignore[arg-type]
+        assert found is not None
+        assert found.place == place
+    assert len(forwards) == 1 + len(text) + 1, "the prompt, each token, and all at once"
+    for ids, theirs in ((other, text), (prompt, [5, 6, 7])):
+        assert margins.explain(ids, [1, 2, 3], theirs) == explain(tiny_model(), ids, [1, 2, 3], theirs)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

@@ -13,10 +13,11 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from specdec.bench.margin import Divergence
 from specdec.bench.markdown import markdown
 from specdec.bench.methods import ASSISTED, LOOKUP, Answer, Ask, Method, NamedDrafter, Selection, make_methods
 from specdec.bench.records import ALL, HF, PLAIN, MethodInfo, Results, Settings, read_results, write_results
-from specdec.bench.suite import run_suite, this_machine
+from specdec.bench.suite import Store, run_suite, this_machine
 from specdec.bench.workloads import Prompt, Prompts, items
 from specdec.cli import app
 from specdec.drafters.draft_model import DraftModelDrafter
@@ -249,6 +250,23 @@ def test_an_interrupted_run_goes_on_without_measuring_anything_twice(
     kept = len(before.splitlines()) - 1
     assert kept > 0
     assert sum(len(own.asked) for own in counted) == 3 + 18 - kept, "the warm-up, and what was not there"
+
+
+def test_a_resumed_run_does_not_explain_again_what_it_knows(tmp_path: Path) -> None:
+    class Counting:
+        asked = 0
+
+        def explain(self, prompt: Any, ours: Any, theirs: Any) -> Divergence | None:
+            self.asked += 1
+            return None if ours[0] == theirs[0] else Divergence(0, 0.5, 0.25)
+
+    store, counting = tmp_path / "trials.jsonl", Counting()
+    for resume in (False, True):
+        kept = Store(store, {"run": 1}, resume=resume)
+        assert kept.explained(counting, (1, 2), (3, 4), (5, 4)) == Divergence(0, 0.5, 0.25)  # type: ignore[arg-type]  # a stand-in
+        assert kept.explained(counting, (1, 2), (3, 4), (3,)) is None  # type: ignore[arg-type]  # a stand-in
+        assert counting.asked == 2
+        assert kept.kept == []
 
 
 def test_a_store_of_another_run_is_not_mixed_in(target: Any, methods: tuple[Method, ...], tmp_path: Path) -> None:
